@@ -1,0 +1,1 @@
+"""virtmig: live migration with a handshake."""
