@@ -1,0 +1,91 @@
+"""libvirt's job statistics become one Progress; what is not known stays None."""
+
+from __future__ import annotations
+
+import libvirt
+
+from virtmig.progress import Phase
+from virtmig.virt.job import progress_from_stats
+
+RUNNING = {"state": libvirt.VIR_DOMAIN_RUNNING, "reason": 1, "elapsed_s": 3.0}
+
+#: as a 9.0 daemon with QEMU 7.2 reports a running job; the numbers are nobody's defaults
+STATS = {
+    "type": libvirt.VIR_DOMAIN_JOB_UNBOUNDED,
+    "operation": 5,
+    "time_elapsed": 2741,
+    "data_total": 285_000_000,
+    "data_processed": 91_000_001,
+    "data_remaining": 77_000_003,
+    "memory_total": 285_000_000,
+    "memory_processed": 91_000_001,
+    "memory_remaining": 77_000_003,
+    "memory_bps": 123_456_789,
+    "memory_constant": 31_337,
+    "memory_normal": 22_222,
+    "memory_dirty_rate": 1009,
+    "memory_page_size": 4096,
+    "memory_iteration": 3,
+    "memory_postcopy_requests": 0,
+    "downtime": 417,
+    "setup_time": 13,
+}
+
+
+def test_a_running_job() -> None:
+    progress = progress_from_stats(STATS, **RUNNING, downtime_limit_ms=300)
+    assert progress.phase is Phase.PRECOPY
+    assert (progress.total_bytes, progress.processed_bytes, progress.remaining_bytes) == (
+        285_000_000,
+        91_000_001,
+        77_000_003,
+    )
+    assert progress.dirty_bytes_per_s == 1009 * 4096
+    assert progress.memory_bytes_per_s == 123_456_789
+    assert (progress.iteration, progress.expected_downtime_ms, progress.downtime_limit_ms) == (3, 417, 300)
+    assert progress.disk_total_bytes is None
+    assert progress.throttle_percent is None
+
+
+def test_zeros_while_the_destination_is_prepared_are_not_known_yet() -> None:
+    stats = {"type": 2, "operation": 5, "time_elapsed": 12, "data_total": 0, "data_processed": 0, "data_remaining": 0}
+    progress = progress_from_stats(stats, **RUNNING)
+    assert progress.phase is Phase.PREPARING
+    assert progress.total_bytes is progress.remaining_bytes is progress.processed_bytes is None
+    assert progress.percent is None
+
+
+def test_qemu_11_says_int64_max_before_it_knows_a_downtime() -> None:
+    assert progress_from_stats({**STATS, "downtime": (1 << 63) - 1}, **RUNNING).expected_downtime_ms is None
+
+
+def test_disks_first() -> None:
+    stats = {
+        **STATS,
+        "memory_processed": 0,
+        "disk_total": 10 << 20,
+        "disk_processed": 3 << 20,
+        "disk_remaining": 7 << 20,
+    }
+    progress = progress_from_stats(stats, **RUNNING)
+    assert progress.phase is Phase.STORAGE
+    assert progress.disk_remaining_bytes == 7 << 20
+
+
+def test_phases_by_the_state_of_the_source() -> None:
+    def phase(reason: int) -> Phase:
+        return progress_from_stats(STATS, state=libvirt.VIR_DOMAIN_PAUSED, reason=reason, elapsed_s=1.0).phase
+
+    assert phase(libvirt.VIR_DOMAIN_PAUSED_MIGRATION) is Phase.SWITCHOVER
+    assert phase(libvirt.VIR_DOMAIN_PAUSED_POSTCOPY) is Phase.POSTCOPY
+    assert phase(libvirt.VIR_DOMAIN_PAUSED_POSTCOPY_FAILED) is Phase.POSTCOPY_PAUSED
+    assert phase(libvirt.VIR_DOMAIN_PAUSED_USER) is Phase.PRECOPY
+
+
+def test_ended_jobs() -> None:
+    for kind, phase in (
+        (libvirt.VIR_DOMAIN_JOB_COMPLETED, Phase.COMPLETED),
+        (libvirt.VIR_DOMAIN_JOB_FAILED, Phase.FAILED),
+        (libvirt.VIR_DOMAIN_JOB_CANCELLED, Phase.CANCELLED),
+    ):
+        assert progress_from_stats({**STATS, "type": kind}, **RUNNING).phase is phase

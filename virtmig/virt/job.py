@@ -1,0 +1,339 @@
+"""One migration job: start it, sample it, act on it, hear its events.
+
+    JobView        any job of a domain, also one that plain virsh started: samples and actions
+    MigrationJob   a JobView that starts the job itself, in a thread with connections of its own
+
+libvirt's traps handled here (each was seen live): sizes of zero while the destination is prepared; a downtime of
+INT64_MAX before QEMU has computed one; zeros for a second or two after an abort; completed statistics that come only
+with the JOB_COMPLETED event; a migrate call that stalls every other call on its connection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import libvirt
+import msgspec
+
+from virtmig.errors import VirtError
+from virtmig.progress import Phase, Progress
+from virtmig.virt.connection import (
+    KEEPALIVE_COUNT,
+    KEEPALIVE_INTERVAL_S,
+    close_connection,
+    lookup_domain,
+    open_connection,
+    translated,
+    virt_error,
+)
+from virtmig.virt.hosts import Host, NoAnswerError, answer_within
+from virtmig.virt.parameters import MigrateCall
+
+log = logging.getLogger("virtmig.virt")
+
+#: QEMU 11 reports INT64_MAX for a downtime it has not computed; anything above a day is no downtime
+_DOWNTIME_NONSENSE_MS = 86_400_000
+
+
+class Event(msgspec.Struct, frozen=True):
+    """A lifecycle or job event of one host; `at` is time.monotonic() when it arrived here."""
+
+    at: float
+    host: str  # "source" or "destination"
+    what: str  # "suspended", "resumed", "stopped", "iteration", "job-completed", ...
+    detail: int = 0
+
+
+_LIFECYCLE = {
+    libvirt.VIR_DOMAIN_EVENT_STARTED: "started",
+    libvirt.VIR_DOMAIN_EVENT_SUSPENDED: "suspended",
+    libvirt.VIR_DOMAIN_EVENT_RESUMED: "resumed",
+    libvirt.VIR_DOMAIN_EVENT_STOPPED: "stopped",
+    libvirt.VIR_DOMAIN_EVENT_SHUTDOWN: "shutdown",
+    libvirt.VIR_DOMAIN_EVENT_UNDEFINED: "undefined",
+    libvirt.VIR_DOMAIN_EVENT_DEFINED: "defined",
+}
+
+
+def progress_from_stats(
+    stats: Mapping[str, Any],
+    *,
+    state: int,
+    reason: int,
+    elapsed_s: float,
+    downtime_limit_ms: int | None = None,
+) -> Progress:
+    """virDomainGetJobStats + virDomainGetState of the source -> Progress. Absent keys stay None."""
+
+    def number(key: str) -> int | None:
+        value = stats.get(key)
+        return int(value) if isinstance(value, int) else None
+
+    total = number("data_total") or None
+    page_size = number("memory_page_size")
+    dirty_pages = number("memory_dirty_rate")
+    downtime = number("downtime")
+    measured = total is not None
+    return Progress(
+        elapsed_s=elapsed_s,
+        phase=_phase(stats, state, reason),
+        total_bytes=total,
+        processed_bytes=number("data_processed") if measured else None,
+        remaining_bytes=number("data_remaining") if measured else None,
+        memory_total_bytes=number("memory_total") or None,
+        memory_processed_bytes=number("memory_processed") if measured else None,
+        memory_remaining_bytes=number("memory_remaining") if measured else None,
+        disk_total_bytes=number("disk_total") or None,
+        disk_processed_bytes=number("disk_processed") if number("disk_total") else None,
+        disk_remaining_bytes=number("disk_remaining") if number("disk_total") else None,
+        memory_bytes_per_s=number("memory_bps"),
+        disk_bytes_per_s=number("disk_bps"),
+        dirty_bytes_per_s=dirty_pages * page_size if dirty_pages is not None and page_size else None,
+        iteration=number("memory_iteration"),
+        expected_downtime_ms=downtime if downtime is not None and downtime < _DOWNTIME_NONSENSE_MS else None,
+        downtime_limit_ms=downtime_limit_ms,
+        setup_ms=number("setup_time"),
+        throttle_percent=number("auto_converge_throttle"),
+        postcopy_requests=number("memory_postcopy_requests"),
+        constant_pages=number("memory_constant"),
+        normal_pages=number("memory_normal"),
+        page_size_bytes=page_size,
+    )
+
+
+def _phase(stats: Mapping[str, Any], state: int, reason: int) -> Phase:
+    kind = stats.get("type", libvirt.VIR_DOMAIN_JOB_NONE)
+    if kind == libvirt.VIR_DOMAIN_JOB_COMPLETED:
+        return Phase.COMPLETED
+    if kind == libvirt.VIR_DOMAIN_JOB_FAILED:
+        return Phase.FAILED
+    if kind == libvirt.VIR_DOMAIN_JOB_CANCELLED:
+        return Phase.CANCELLED
+    if state == libvirt.VIR_DOMAIN_PAUSED:
+        if reason == libvirt.VIR_DOMAIN_PAUSED_POSTCOPY:
+            return Phase.POSTCOPY
+        if reason == libvirt.VIR_DOMAIN_PAUSED_POSTCOPY_FAILED:
+            return Phase.POSTCOPY_PAUSED
+        if reason == libvirt.VIR_DOMAIN_PAUSED_MIGRATION:
+            return Phase.SWITCHOVER
+    if not stats.get("data_total"):
+        return Phase.PREPARING
+    if stats.get("disk_remaining") and not stats.get("memory_processed"):
+        return Phase.STORAGE
+    return Phase.PRECOPY
+
+
+class JobView:
+    """Samples of, and actions on, the outgoing migration job of a domain; `host` is the source.
+
+    Every action raises VirtError with libvirt's words when libvirt refuses it.
+    """
+
+    def __init__(self, host: Host, uuid: str) -> None:
+        self.host = host
+        self.uuid = uuid
+        self.started_at = time.monotonic()
+        self.downtime_limit_ms: int | None = None
+        self._last: Progress | None = None
+
+    @property
+    def domain(self) -> Any:
+        with translated():
+            return self.host.connection.lookupByUUIDString(self.uuid)
+
+    def sample(self, seconds: float = 2.0) -> Progress | None:
+        """The job now; the last sample again when the daemon does not answer in time, None when there is no job."""
+
+        def look() -> tuple[Mapping[str, Any], tuple[int, int]]:
+            domain = self.host.connection.lookupByUUIDString(self.uuid)
+            return domain.jobStats(0), domain.state(0)
+
+        try:
+            stats, (state, reason) = answer_within(seconds, look, "virtmig-sample")
+        except NoAnswerError:
+            return self._last
+        except libvirt.libvirtError as error:
+            log.debug("sample: %s", error)
+            return None
+        if stats.get("type", 0) == libvirt.VIR_DOMAIN_JOB_NONE:
+            return None
+        self._last = progress_from_stats(
+            stats,
+            state=state,
+            reason=reason,
+            elapsed_s=time.monotonic() - self.started_at,
+            downtime_limit_ms=self.downtime_limit_ms,
+        )
+        return self._last
+
+    def read_downtime_limit(self) -> int | None:
+        """The domain's downtime limit in ms, None where libvirt cannot say (inactive domain, old daemon)."""
+        with contextlib.suppress(libvirt.libvirtError, VirtError, NoAnswerError):
+            self.downtime_limit_ms = int(answer_within(2.0, lambda: self.domain.migrateGetMaxDowntime(0)))
+        return self.downtime_limit_ms
+
+    def set_downtime_limit(self, milliseconds: int) -> None:
+        with translated():
+            self.domain.migrateSetMaxDowntime(milliseconds, 0)
+        self.downtime_limit_ms = milliseconds
+
+    def start_postcopy(self) -> None:
+        with translated():
+            self.domain.migrateStartPostCopy(0)
+
+    def suspend(self) -> None:
+        with translated():
+            self.domain.suspend()
+
+    def abort(self, *, postcopy: bool = False) -> None:
+        """Ask libvirt to cancel (virDomainAbortJob); returns before the job has ended. In postcopy it is refused
+        unless `postcopy`, which only pauses the migration and leaves the guest split.
+        """
+        with translated():
+            if postcopy:
+                self.domain.abortJobFlags(libvirt.VIR_DOMAIN_ABORT_JOB_POSTCOPY)
+            else:
+                self.domain.abortJob()
+
+
+class MigrationJob(JobView):
+    """A job that we start. The migrate call blocks in its own thread, on connections of its own.
+
+    After `wait()` returned True, `error` is None for success or the VirtError of the call, `completed` the
+    statistics of libvirt's JOB_COMPLETED event, and `events` everything that both hosts reported meanwhile.
+    """
+
+    def __init__(
+        self,
+        source: Host,
+        destination: Host | None,
+        uuid: str,
+        destination_uri: str,
+        call: MigrateCall,
+        *,
+        keepalive: tuple[int, int] = (KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT),
+    ) -> None:
+        super().__init__(source, uuid)
+        self.destination = destination
+        self.destination_uri = destination_uri
+        self.call = call
+        self.keepalive = keepalive
+        self.events: list[Event] = []
+        self.completed: dict[str, Any] = {}
+        self.error: VirtError | None = None
+        self.abort_asked = False
+        self._finished = threading.Event()
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._registered: list[tuple[Any, int]] = []
+
+    def start(self) -> None:
+        """Subscribe to the events of both hosts, then start the migrate call. Returns at once."""
+        self._subscribe(self.host.connection, "source")
+        if self.destination is not None:
+            self._subscribe(self.destination.connection, "destination")
+        self.started_at = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="virtmig-migrate-call", daemon=True)
+        self._thread.start()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the migrate call has ended; returns after `seconds`, or at once when an event arrived."""
+        self._wake.wait(seconds)
+        self._wake.clear()
+        return self._finished.is_set()
+
+    @property
+    def finished(self) -> bool:
+        return self._finished.is_set()
+
+    def abort(self, *, postcopy: bool = False) -> None:
+        self.abort_asked = True
+        super().abort(postcopy=postcopy)
+
+    def saw(self, host: str, what: str, detail: int | None = None) -> Event | None:
+        """The last such event, if there was one."""
+        for event in reversed(self.events):
+            if event.host == host and event.what == what and detail in (None, event.detail):
+                return event
+        return None
+
+    def observed_downtime_ms(self) -> int | None:
+        """From the source's stop to the destination's start, by the events of both hosts as they arrived here."""
+        stopped, resumed = self.saw("source", "suspended"), self.saw("destination", "resumed")
+        if stopped is None or resumed is None or resumed.at < stopped.at:
+            return None
+        return round(1000 * (resumed.at - stopped.at))
+
+    def close(self) -> None:
+        for connection, number in self._registered:
+            with contextlib.suppress(libvirt.libvirtError, NoAnswerError):
+                answer_within(1.0, partial(connection.domainEventDeregisterAny, number), "virtmig-close")
+        self._registered.clear()
+        if self._thread is not None:
+            self._thread.join(timeout=0.5 if self.finished else 0.0)
+
+    # -- the migrate call ------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        connections: list[Any] = []
+        try:
+            source = open_connection(self.host.uri)
+            connections.append(source)
+            domain = lookup_domain(source, self.uuid)
+            if self.call.to_uri:
+                domain.migrateToURI3(self.destination_uri, self.call.params, self.call.flags)
+            else:
+                destination = open_connection(self.destination_uri, keepalive=self.keepalive)
+                connections.append(destination)
+                domain.migrate3(destination, self.call.params, self.call.flags)
+        except libvirt.libvirtError as error:
+            self.error = virt_error(error)
+        except VirtError as error:
+            self.error = error
+        except Exception as error:  # a binding that refuses a parameter's type must not leave the caller waiting
+            self.error = VirtError(f"{type(error).__name__}: {error}")
+        finally:
+            self._finished.set()
+            self._wake.set()
+            for connection in connections:
+                close_connection(connection)
+
+    # -- events ----------------------------------------------------------------------------------------------------
+
+    def _subscribe(self, connection: Any, host: str) -> None:
+        def lifecycle(_connection: Any, domain: Any, event: int, detail: int, _opaque: Any) -> None:
+            if domain.UUIDString() == self.uuid:
+                self._note(host, _LIFECYCLE.get(event, str(event)), detail)
+
+        def iteration(_connection: Any, domain: Any, count: int, _opaque: Any) -> None:
+            if domain.UUIDString() == self.uuid:
+                self._note(host, "iteration", count)
+
+        def job_completed(_connection: Any, domain: Any, params: dict[str, Any], _opaque: Any) -> None:
+            if domain.UUIDString() == self.uuid:
+                self.completed = dict(params)
+                self._note(host, "job-completed")
+
+        wanted: list[tuple[int, Any]] = [(libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle)]
+        if host == "source":
+            wanted += [
+                (libvirt.VIR_DOMAIN_EVENT_ID_MIGRATION_ITERATION, iteration),
+                (libvirt.VIR_DOMAIN_EVENT_ID_JOB_COMPLETED, job_completed),
+            ]
+        for kind, callback in wanted:
+            try:
+                self._registered.append((connection, connection.domainEventRegisterAny(None, kind, callback, None)))
+            except libvirt.libvirtError as error:
+                log.debug("event %d is not offered by the %s: %s", kind, host, error)
+
+    def _note(self, host: str, what: str, detail: int = 0) -> None:
+        self.events.append(Event(time.monotonic(), host, what, detail))
+        if what != "iteration":  # QEMU 11 announces one every 100 ms
+            self._wake.set()
+        log.debug("event: %s %s %d", host, what, detail)
