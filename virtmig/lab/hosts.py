@@ -9,6 +9,7 @@ Nothing of the system's own libvirt is touched: no file in /etc/libvirt, no sock
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pwd
@@ -183,6 +184,8 @@ class LabHost:
         """End the daemon, its guests and the keeper."""
         if self.state.keeper is not None:
             self.state.keeper.end(15.0)
+            with contextlib.suppress(ChildProcessError):  # ours only when this process called `up`
+                os.waitpid(self.state.keeper.pid, 0)
             self.state.keeper = None
 
     # -- the daemon, for fault tests ---------------------------------------------------------------------------------
