@@ -13,10 +13,10 @@
       VirtError                    wraps libvirtError, keeps its .code and .domain
         ConnectionFailed           a libvirt connection could not be opened, or broke
         DomainNotFound             no such domain at that host
+        MigrationFailed            the job ended without success; .guest tells where the guest is
+        PostcopyInterrupted        the guest is split, recoverable; the hint is the command that recovers it
+        GuestDoubled               the same guest runs on both hosts; the hint says what to do at once
       MigrationAborted             asked to stop; the guest runs on the source
-      MigrationFailed              the job ended without success; .guest tells where the guest is
-      PostcopyInterrupted          the guest is split, recoverable; the hint is the command that recovers it
-      GuestDoubled                 the same guest runs on both hosts; the hint says what to do at once
 
 Data in the exception, words in __str__: the text is made from the attributes, so that JSON output and the
 terminal never tell two stories.

@@ -47,6 +47,7 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
     unit: str = ""
     minimum: int | None = None
     maximum: int | None = None
+    power_of_two: bool = False
     choices: tuple[str, ...] = ()
     default: str = ""
     since: int = 0
@@ -158,7 +159,8 @@ VIRSH_OPTIONS: tuple[Option, ...] = (
     _number("comp-mt-dthreads", "number of decompression threads for multithread compression",
             "compression.mt.dthreads", low=1, high=255, qemu="par:decompress-threads SD", positional=True),
     _number("comp-xbzrle-cache", "page cache size for xbzrle compression", "compression.xbzrle.cache",
-            unit="bytes", low=4096, high=(1 << 63) - 1, qemu="par:xbzrle-cache-size SD", positional=True),
+            unit="bytes", low=4096, high=1 << 62, power_of_two=True, qemu="par:xbzrle-cache-size SD",
+            positional=True),
     _number("auto-converge-initial", "initial CPU throttling rate for auto-convergence", "auto_converge.initial",
             unit="%", low=1, high=99, qemu="par:cpu-throttle-initial S", positional=True),
     _number("auto-converge-increment", "CPU throttling rate increment for auto-convergence",
@@ -396,7 +398,7 @@ RULES: tuple[Rule, ...] = (
     *(Rule(when=(f"comp-methods={method}",), needs=("parallel",),
            message=f"Compression method '{method}' is only supported with parallel migration", hint="add --parallel",
            source="libvirt qemuMigrationParamsSetCompression") for method in ("zlib", "zstd")),
-    Rule(when=("parallel", "comp-methods=zlib", "comp-methods=zstd"), excludes=("parallel",),
+    Rule(when=("parallel", "comp-methods=zlib", "comp-methods=zstd"), excludes=("comp-methods=zlib",),
          message="Only one compression method could be specified with parallel compression",
          hint="choose zlib or zstd", source="libvirt qemuMigrationParamsSetCompression"),
     Rule(when=("migrateuri=unix", "listen-address"), excludes=("listen-address",),

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from urllib.parse import urlsplit
 
 from virtmig.errors import RequestError
-from virtmig.options import BY_NAME, OPTIONS, RULES, SPELLINGS, Kind, Option
+from virtmig.options import BY_NAME, OPTIONS, RULES, SPELLINGS, U64_MAX, Kind, Option
 
 Value = bool | int | str | tuple[str, ...]
 
 #: libvirt's QEMU driver knows these migration URI schemes (qemu_migration.c qemuMigrationAnyPrepareDef)
 URI_SCHEMES = ("tcp", "rdma", "unix")
+
+#: what virStrToLong reads in base 10: leading white space and a sign, then digits to the end; no 0x, no underscores
+_NUMBER = re.compile(r"[ \t\n\v\f\r]*[+-]?[0-9]+", re.ASCII)
 
 
 class MigrationRequest(Mapping[str, Value]):
@@ -34,7 +38,7 @@ class MigrationRequest(Mapping[str, Value]):
         for spelling, value in values.items():
             option = SPELLINGS.get(spelling)
             if option is None:
-                problems.append((spelling, f"command 'migrate' doesn't support option --{spelling}", _near(spelling)))
+                problems.append(_unknown("migrate", spelling, SPELLINGS))
             elif value is not None and value is not False:
                 try:
                     checked[option.name] = check_value(option, value)
@@ -47,12 +51,10 @@ class MigrationRequest(Mapping[str, Value]):
                 )
             checked["parallel"] = True
             checked["parallel-connections"] = checked["threads"]
-        for option in OPTIONS:
-            if option.required and option.name not in checked and not any(p[0] == option.name for p in problems):
-                problems.append((option.name, f"command 'migrate' requires <{option.name}> option", ""))
+        problems += _missing("migrate", OPTIONS, checked.keys() | {problem[0] for problem in problems})
         problems += _check_rules(checked)
         if problems:
-            raise _combined(problems)
+            raise combined(problems)
         self._values = MappingProxyType(checked)
 
     def __getitem__(self, name: str) -> Value:
@@ -122,7 +124,7 @@ class MigrationRequest(Mapping[str, Value]):
             option, value = BY_NAME[name], self._values[name]
             if option.ours and not ours:
                 continue
-            if option.required:
+            if option.required and not str(value).startswith("--"):
                 words.append(str(value))
             elif option.kind is Kind.BOOL:
                 words.append(f"--{name}")
@@ -131,21 +133,37 @@ class MigrationRequest(Mapping[str, Value]):
         return shlex.join(words)
 
 
+def check_values(command: str, options: Sequence[Option], values: Mapping[str, object]) -> dict[str, Value]:
+    """The values of one sibling verb, checked against its own small table; RequestError carries every problem."""
+    rows = {option.name: option for option in options}
+    problems: list[tuple[str, str, str]] = []
+    checked: dict[str, Value] = {}
+    for name, value in values.items():
+        if name not in rows:
+            problems.append(_unknown(command, name, rows))
+        elif value is not None and value is not False:
+            try:
+                checked[name] = check_value(rows[name], value)
+            except RequestError as error:
+                problems.append((name, error.message, error.hint))
+    problems += _missing(command, options, checked.keys() | {problem[0] for problem in problems})
+    if problems:
+        raise combined(problems)
+    return checked
+
+
 def check_value(option: Option, value: object) -> Value:
     """One value in the type, unit and range of its row; text is parsed. Raises RequestError in virsh's words."""
-    malformed = RequestError(
-        f"Numeric value '{value}' for <{option.name}> option is malformed or out of range", option=option.name
-    )
     if option.kind is Kind.BOOL:
         if value is not True:
             raise RequestError(f"option --{option.name} takes no value", option=option.name)
         return True
     if option.kind is Kind.NUMBER:
-        return _check_number(option, value, malformed)
+        return _check_number(option, value)
     if option.kind is Kind.LIST:
-        words = tuple(value) if isinstance(value, (list, tuple)) else tuple(str(value).split(","))
-        return _check_words(option, tuple(str(word) for word in words))
-    text = str(value)
+        words = value if isinstance(value, (list, tuple)) else _text(option, value).split(",")
+        return _check_words(option, tuple(_text(option, word) for word in words))
+    text = _text(option, value)
     if not text:
         raise RequestError(f"Failed to get option '{option.name}': Option argument is empty", option=option.name)
     if option.kind is Kind.CHOICE and text not in option.choices:
@@ -159,25 +177,39 @@ def check_value(option: Option, value: object) -> Value:
     return text
 
 
-def _check_number(option: Option, value: object, malformed: RequestError) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
+def _text(option: Option, value: object) -> str:
+    """Text that libvirt can be given: its binding raises on a NUL and on bytes that are not UTF-8."""
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise RequestError(f"option --{option.name} takes text, not {type(value).__name__}", option=option.name)
+    text = str(value)
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise RequestError(f"the value of option --{option.name} is not valid UTF-8 text", option=option.name)
+    return text
+
+
+def _check_number(option: Option, value: object) -> int:
+    low, high = option.minimum or 0, option.maximum if option.maximum is not None else U64_MAX
+    takes = f"--{option.name} takes {low} to {high}{' ' + option.unit if option.unit else ''}"
+    malformed = RequestError(
+        f"Numeric value '{value}' for <{option.name}> option is malformed or out of range",
+        option=option.name,
+        hint=takes,
+    )
+    if isinstance(value, str):
+        # twenty digits hold 64 bits; int() of a text of thousands of digits raises
+        if not _NUMBER.fullmatch(value) or len(value.strip().lstrip("+-0")) > 20:
+            raise malformed
+        number = int(value)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        number = value
+    else:
         raise malformed
-    try:
-        number = int(value.strip(), 0) if isinstance(value, str) else value
-    except ValueError:
-        raise malformed from None
-    unit = f" {option.unit}" if option.unit else ""
-    low, high = option.minimum, option.maximum
-    if (low is not None and number < low) or (high is not None and number > high):
-        malformed.hint = f"--{option.name} takes {low} to {high}{unit}"
-        if option.unit == "MiB/s" and number > 0:
-            malformed = RequestError(
-                f"numerical overflow: migration parameter '{option.param}' must be less than {(high or 0) + 1}",
-                option=option.name,
-                hint=f"--{option.name} takes {low} to {high}{unit}",
-            )
+    if number > high and option.unit == "MiB/s":
+        what = f"migration parameter '{option.param}'" if option.param else option.name
+        raise RequestError(f"numerical overflow: {what} must be less than {high + 1}", option=option.name, hint=takes)
+    if not low <= number <= high:
         raise malformed
-    if option.name == "comp-xbzrle-cache" and number & (number - 1):
+    if option.power_of_two and number & (number - 1):
         raise RequestError(
             f"--{option.name} must be a power of two no less than the target page size, not {number}",
             option=option.name,
@@ -210,9 +242,14 @@ def _check_migrate_uri(text: str) -> None:
         raise RequestError(
             f"unsupported scheme {scheme} in migration URI {text}",
             option="migrateuri",
-            hint="tcp://HOST[:PORT], unix:///path, or rdma://HOST",
+            hint="virtmig's own options (-c, -q, ...) go before the command"
+            if text.startswith("-")
+            else "tcp://HOST[:PORT], unix:///path, or rdma://HOST",
         )
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError as error:
+        raise RequestError(f"malformed migration URI {text}: {error}", option="migrateuri") from None
     if scheme != "unix" and text.partition(":")[2].startswith("//") and not parts.hostname:
         raise RequestError(f"missing host in migration URI: {text}", option="migrateuri", hint="tcp://HOST[:PORT]")
     if scheme == "unix" and not parts.path.startswith("/"):
@@ -252,7 +289,8 @@ def _check_rules(values: Mapping[str, Value]) -> list[tuple[str, str, str]]:
     return problems
 
 
-def _combined(problems: list[tuple[str, str, str]]) -> RequestError:
+def combined(problems: list[tuple[str, str, str]]) -> RequestError:
+    """One error that carries every (option, message, way out), in this order."""
     error = RequestError(
         "\n".join(dict.fromkeys(message for _, message, _ in problems)),
         option=problems[0][0],
@@ -262,11 +300,21 @@ def _combined(problems: list[tuple[str, str, str]]) -> RequestError:
     return error
 
 
-def _near(spelling: str) -> str:
+def _unknown(command: str, spelling: str, known: Iterable[str]) -> tuple[str, str, str]:
+    return spelling, f"command '{command}' doesn't support option --{spelling}", near_option(command, spelling, known)
+
+
+def _missing(command: str, options: Iterable[Option], seen: Iterable[str]) -> list[tuple[str, str, str]]:
+    missing = [row.name for row in options if row.required and row.name not in set(seen)]
+    return [(name, f"command '{command}' requires <{name}> option", "") for name in missing]
+
+
+def near_option(command: str, spelling: str, known: Iterable[str]) -> str:
+    """The hint for an option that `command` does not have."""
     import difflib
 
-    near = difflib.get_close_matches(spelling, list(SPELLINGS), n=1)
-    return f"did you mean --{near[0]}?" if near else "see virtmig help migrate"
+    near = difflib.get_close_matches(spelling, list(known), n=1)
+    return f"did you mean --{near[0]}?" if near else f"see: virtmig help {command}"
 
 
 def read_file_values(values: Mapping[str, Value]) -> dict[str, Value]:

@@ -1,0 +1,209 @@
+"""THE TABLE of commands: what each one is for, its options, and lines that show it.
+
+virsh's verbs keep virsh's options and words (`virsh help VERB`, the same from libvirt 9.0 to 12.8). From this table
+are made the parser, `--help`, the man page and completion. `virtmig lab` has commands of its own, in virtmig/lab.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from virtmig.options import BANDWIDTH_LIMIT_MIB_S, OPTIONS, Kind, Option
+
+
+class Verb(msgspec.Struct, frozen=True, kw_only=True):
+    """One command. `examples` are pairs of a whole command line and what it does."""
+
+    name: str
+    help: str
+    description: str = ""
+    options: tuple[Option, ...] = ()
+    examples: tuple[tuple[str, str], ...] = ()
+    ours: bool = False  # virsh has no such command
+
+
+DOMAIN = Option(name="domain", kind=Kind.STRING, help="domain name, id or uuid", positional=True, required=True)
+
+
+def _switch(name: str, help: str) -> Option:
+    return Option(name=name, kind=Kind.BOOL, help=help)
+
+
+# fmt: off
+VERBS: tuple[Verb, ...] = (
+    Verb(
+        name="migrate", help="migrate domain to another host", options=OPTIONS,
+        description="Migrate domain to another host. Add --live for live migration. Every option of virsh migrate "
+        "has virsh's meaning; what cannot be is refused before anything starts.",
+        examples=(
+            ("virtmig migrate --live web01 qemu+ssh://host-b/system", "move a running guest, with live progress"),
+            ("virtmig migrate --live web01 qemu+ssh://host-b/system --plan",
+             "start nothing; show what would be done, and why"),
+            ("virtmig migrate --live web01 qemu+ssh://host-b/system --postcopy --postcopy-after-precopy",
+             "one pass of pre-copy, then run on host-b and fetch the rest"),
+            ("virtmig migrate --live web01 qemu+ssh://host-b/system --threads 4 --bandwidth 1000",
+             "four parallel connections, at most 1000 MiB/s"),
+            ("virtmig migrate --live web01 qemu+ssh://host-b/system --timeout 120 --timeout-abort --json",
+             "give up after two minutes; JSON lines for a program"),
+        ),
+    ),
+    Verb(
+        name="watch", help="show a running migration, whoever started it", options=(DOMAIN,), ours=True,
+        description="Show the progress of a migration that is under way on the source host, started by virtmig, "
+        "virsh or anything else. Leaving the view leaves the migration alone.",
+        examples=(("virtmig watch web01", "follow the migration of web01"),),
+    ),
+    Verb(
+        name="domjobinfo", help="domain job information", description="Returns information about jobs running on a "
+        "domain.",
+        options=(
+            DOMAIN,
+            _switch("completed", "return statistics of a recently completed job"),
+            _switch("keep-completed", "don't destroy statistics of a recently completed job when reading"),
+            _switch("anystats", "print statistics for any kind of job (even failed ones)"),
+            _switch("rawstats", "print the raw data returned by libvirt"),
+        ),
+        examples=(("virtmig domjobinfo web01 --completed", "the numbers of the migration that has just ended"),),
+    ),
+    Verb(
+        name="domjobabort", help="abort active domain job", description="Aborts the currently running domain job.",
+        options=(DOMAIN, _switch("postcopy", "interrupt post-copy migration")),
+        examples=(("virtmig domjobabort web01", "stop the migration; the guest stays where it is"),),
+    ),
+    Verb(
+        name="migrate-postcopy", help="switch running migration from pre-copy to post-copy",
+        description="Switch running migration from pre-copy to post-copy. The migration must have been started with "
+        "--postcopy option.",
+        options=(DOMAIN,), examples=(("virtmig migrate-postcopy web01", "run on the destination from now on"),),
+    ),
+    Verb(
+        name="migrate-setmaxdowntime", help="set maximum tolerable downtime",
+        description="Set maximum tolerable downtime of a domain which is being live-migrated to another host.",
+        options=(
+            DOMAIN,
+            Option(name="downtime", kind=Kind.NUMBER, help="maximum tolerable downtime for migration",
+                   unit="ms", minimum=1, maximum=2_000_000, positional=True, required=True),
+        ),
+        examples=(("virtmig migrate-setmaxdowntime web01 500", "let the guest stand still for half a second"),),
+    ),
+    Verb(
+        name="migrate-getmaxdowntime", help="get maximum tolerable downtime",
+        description="Get maximum tolerable downtime of a domain which is being live-migrated to another host, in "
+        "milliseconds.",
+        options=(DOMAIN,), examples=(("virtmig migrate-getmaxdowntime web01", "300 unless it was set"),),
+    ),
+    Verb(
+        name="migrate-setspeed", help="set the maximum migration bandwidth",
+        description="Set the maximum migration bandwidth (in MiB/s) for a domain which is being migrated to another "
+        "host. libvirt keeps the pre-copy value for later migrations.",
+        options=(
+            DOMAIN,
+            Option(name="bandwidth", kind=Kind.NUMBER, help="migration bandwidth limit", unit="MiB/s", minimum=0,
+                   maximum=BANDWIDTH_LIMIT_MIB_S - 1, positional=True, required=True),
+            _switch("postcopy", "set post-copy migration bandwidth"),
+        ),
+        examples=(("virtmig migrate-setspeed web01 100", "at most 100 MiB/s from now on"),),
+    ),
+    Verb(
+        name="migrate-getspeed", help="get the maximum migration bandwidth",
+        description="Get the maximum migration bandwidth (in MiB/s) for a domain; 8796093022207 is libvirt's word for "
+        "no limit.",
+        options=(DOMAIN, _switch("postcopy", "get post-copy migration bandwidth")),
+        examples=(("virtmig migrate-getspeed web01 --postcopy", "the limit of the post-copy phase"),),
+    ),
+    Verb(
+        name="migrate-compcache", help="get/set compression cache size",
+        description="Get/set size of the cache (in bytes) used for compressing repeatedly transferred memory pages "
+        "during live migration.",
+        options=(
+            DOMAIN,
+            Option(name="size", kind=Kind.NUMBER, help="requested size of the cache used for compression",
+                   unit="bytes", minimum=4096, maximum=1 << 62, power_of_two=True),
+        ),
+        examples=(("virtmig migrate-compcache web01 --size 134217728", "128 MiB for xbzrle"),),
+    ),
+    Verb(
+        name="doctor", help="check whether the hosts are ready to migrate, and say how to fix what is not", ours=True,
+        description="PASS, WARN and FAIL lines for this host and, when given, for the destination; each finding comes "
+        "with the command that fixes it.",
+        options=(
+            Option(name="desturi", kind=Kind.STRING, help="connection URI of the destination host", positional=True),
+            _switch("json", "the findings as JSON"),
+        ),
+        examples=(("virtmig doctor qemu+ssh://host-b/system", "check both ends before the first migration"),),
+    ),
+    Verb(
+        name="lab", help="two libvirt hosts and a self-checking guest on this machine, to try things on", ours=True,
+        examples=(("virtmig lab up", "start both hosts and the guest"),
+                  ("virtmig lab down", "leave nothing running")),
+    ),
+    Verb(
+        name="completion", help="print the completion script of a shell", ours=True,
+        description="Print the script that completes virtmig's commands, options, domain names and URIs.",
+        options=(Option(name="shell", kind=Kind.CHOICE, help="which shell", choices=("bash", "zsh", "fish"),
+                        positional=True, required=True),),
+        examples=(('eval "$(virtmig completion bash)"', "in ~/.bashrc"),
+                  ('eval "$(virtmig completion zsh)"', "in ~/.zshrc"),
+                  ("virtmig completion fish > ~/.config/fish/completions/virtmig.fish", "once, for fish")),
+    ),
+    Verb(
+        name="help", help="print help", description="Prints global help or command specific help.",
+        options=(
+            Option(name="command", kind=Kind.STRING, help="name of command", positional=True),
+            _switch("man", "print the manual page, for man -l or groff -man"),
+        ),
+        examples=(("virtmig help migrate", "every option of migrate"),
+                  ("virtmig help --man | man -l -", "the whole manual page")),
+    ),
+    Verb(name="version", help="show the versions of virtmig and of the libvirt it uses",
+         description="The versions of virtmig, of the libvirt library it uses and of Python.",
+         examples=(("virtmig version", "for a bug report"),)),
+)
+# fmt: on
+
+VERB_BY_NAME: dict[str, Verb] = {verb.name: verb for verb in VERBS}
+
+
+class GlobalOption(msgspec.Struct, frozen=True, kw_only=True):
+    """An option that goes before the command. Without a metavar it takes no value; `short` is one letter."""
+
+    name: str
+    help: str
+    short: str = ""
+    metavar: str = ""
+    ours: bool = False
+
+
+# fmt: off
+GLOBAL_OPTIONS: tuple[GlobalOption, ...] = (
+    GlobalOption(name="connect", short="c", metavar="URI", help="hypervisor connection URI of the source host"),
+    GlobalOption(name="debug", short="d", metavar="NUM", help="debug level [0-4], 0 says most and shows tracebacks"),
+    GlobalOption(name="help", short="h", help="this help"),
+    GlobalOption(name="keepalive-interval", short="k", metavar="NUM", help="keepalive interval in seconds, "
+                 "0 for disable"),
+    GlobalOption(name="keepalive-count", short="K", metavar="NUM", help="number of possible missed keepalive messages"),
+    GlobalOption(name="log", short="l", metavar="FILE", help="output logging to file"),
+    GlobalOption(name="quiet", short="q", help="quiet mode"),
+    GlobalOption(name="readonly", short="r", help="connect readonly"),
+    GlobalOption(name="timing", short="t", help="print timing information"),
+    GlobalOption(name="version", short="v", help="short version; -V or --version=long for the long one"),
+    GlobalOption(name="no-color", help="no colours; the same as NO_COLOR in the environment", ours=True),
+)
+
+#: (name, what it does), for --help and the man page
+ENVIRONMENT: tuple[tuple[str, str], ...] = (
+    ("LIBVIRT_DEFAULT_URI", "the source host when there is no --connect; libvirt reads it"),
+    ("VIRSH_DEFAULT_CONNECT_URI", "the same, virsh's older name"),
+    ("VIRTMIG_DEBUG", "as --debug: 0 to 4; any other text means 0"),
+    ("VIRTMIG_LOG_FILE", "as --log"),
+    ("NO_COLOR", "no colours when it is set and not empty"),
+)
+
+EXIT_STATUS: tuple[tuple[str, str], ...] = (
+    ("0", "it was done"),
+    ("1", "anything else; with --exit-codes fine: it failed, and the guest runs on the source as before"),
+    ("3", "with --exit-codes fine: refused, nothing was started"),
+    ("4", "with --exit-codes fine: aborted on request, the guest runs on the source"),
+    ("5", "with --exit-codes fine: the guest needs attention"),
+)
+# fmt: on
