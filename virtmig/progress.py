@@ -12,6 +12,9 @@ from collections import deque
 
 import msgspec
 
+#: QEMU's downtime-limit when nobody has set one (migration/options.c, DEFAULT_MIGRATE_SET_DOWNTIME)
+DEFAULT_DOWNTIME_MS = 300
+
 
 class Whereabouts(enum.StrEnum):
     """Where the guest is. UNKNOWN is an honest answer: a lost reply is never taken for a no."""
@@ -91,9 +94,9 @@ class PassCounter:
 
     QEMU's own count cannot be used: `iteration` grows once per pass up to QEMU 10 and every 100 ms on QEMU 11. A pass
     is over when as much memory has been gone over as remained at its beginning. What was gone over between two samples
-    is the larger of two lower bounds: the pages counted (constant and normal; xbzrle pages are in neither) and the
-    fall of memory remaining. Where both lose something (a pass shorter than a sample), memory remaining that rises
-    after it was near zero ends the pass too.
+    is the largest of three lower bounds: the pages counted (constant and normal; xbzrle pages are in neither), the
+    bytes on the wire (zero and compressed pages are small there), and the fall of memory remaining (it may have risen
+    in between). Where all lose something, memory remaining that rises after it was near zero ends the pass too.
 
     One update ends at most one pass, so guests so small that a pass fits between two samples are counted slowly, never
     too fast. A job joined half way counts from 1 at most; nothing is counted once postcopy has begun.
@@ -110,9 +113,10 @@ class PassCounter:
         self.full_passes = 0
         self.boundaries: deque[PassBoundary] = deque(maxlen=self.KEPT)
         self._gone_over_bytes = 0
-        self._previous: tuple[int | None, int] | None = None  # pages counted in bytes, memory remaining
+        self._previous: Progress | None = None
         self._low_bytes = 0
         self._awaiting_rise = False
+        self._last_rise: tuple[int, int] | None = None  # memory remaining after it, memory gone over until then
         self._postcopy = False
 
     def update(self, progress: Progress) -> int:
@@ -123,21 +127,25 @@ class PassCounter:
         moving = progress.phase in (Phase.PRECOPY, Phase.SWITCHOVER, Phase.COMPLETED)
         if self._postcopy or not moving or not total or remaining is None:
             return self.full_passes
-        counted = _counted_bytes(progress)
-        if self._previous is None:
+        previous, self._previous = self._previous, progress
+        if previous is None:
             # every page that is clean by now was gone over; zero remaining may also be "not known yet"
-            self._gone_over_bytes = max(counted or 0, total - remaining if 0 < remaining < total else 0)
+            clean_bytes = total - remaining if 0 < remaining < total else 0
+            self._gone_over_bytes = max(_counted_bytes(progress) or 0, clean_bytes)
             self.boundaries.append(self._boundary(progress, total))
             # the first pass has all of memory to go over, however much of it was done before the first sample
-            self._begin_pass(gone_over_bytes=0, begin_bytes=total)
+            self._begin_pass(start_bytes=0, begin_bytes=total)
             self._low_bytes = remaining
             rising = False
         else:
-            counted_before, remaining_before = self._previous
-            sent = counted - counted_before if counted is not None and counted_before is not None else 0
-            self._gone_over_bytes += max(sent, remaining_before - remaining, 0)
+            remaining_before = previous.memory_remaining_bytes or 0
+            gone_over = max(_gone_over_bytes(previous, progress), remaining_before - remaining, 0)
+            self._gone_over_bytes += gone_over
             rising = remaining > remaining_before
-        self._previous = (counted, remaining)
+            if rising:
+                # QEMU looked at some moment between the samples: half of what may have been sent since is added back
+                since = (max(gone_over - remaining_before, 0) + gone_over) // 2
+                self._last_rise = (min(remaining + since, total), self._gone_over_bytes - since)
         self._count(progress, remaining, rising)
         return self.full_passes
 
@@ -165,12 +173,27 @@ class PassCounter:
             self._awaiting_rise = True
 
     def _settle(self, progress: Progress, remaining: int) -> None:
+        """Begin the next pass. What went beyond the end of the last one since then is part of this one."""
         self._awaiting_rise = False
-        self._begin_pass(gone_over_bytes=self._gone_over_bytes, begin_bytes=remaining)
-        self.boundaries.append(self._boundary(progress, remaining))
+        start_bytes = min(self._pass_start_bytes + self._pass_begin_bytes, self._gone_over_bytes)
+        total = progress.memory_total_bytes or remaining
+        begin_bytes = max(min(remaining + self._gone_over_bytes - start_bytes, total), remaining)
+        self._begin_pass(start_bytes=self._gone_over_bytes - (begin_bytes - remaining), begin_bytes=begin_bytes)
+        self.boundaries.append(self._boundary(progress, max(begin_bytes, self._last_look_bytes(remaining))))
 
-    def _begin_pass(self, *, gone_over_bytes: int, begin_bytes: int) -> None:
-        self._pass_start_bytes = gone_over_bytes
+    def _last_look_bytes(self, remaining: int) -> int:
+        """What remained when QEMU last looked for dirty pages, where it has not looked since; else 0.
+
+        QEMU up to 10 looks as soon as what it knows of fits into the downtime, so that a pass by our count may end in
+        the middle of a fall. Since the last look, memory remaining falls by just what is sent.
+        """
+        if self._last_rise is None:
+            return 0
+        top_bytes, gone_over_then = self._last_rise
+        return top_bytes if top_bytes - remaining >= 0.9 * (self._gone_over_bytes - gone_over_then) else 0
+
+    def _begin_pass(self, *, start_bytes: int, begin_bytes: int) -> None:
+        self._pass_start_bytes = start_bytes
         self._pass_begin_bytes = begin_bytes
         self._low_bytes = begin_bytes
 
@@ -182,6 +205,15 @@ class PassCounter:
             sent_bytes=self._gone_over_bytes,
             throttle_percent=progress.throttle_percent,
         )
+
+
+def _gone_over_bytes(before: Progress, after: Progress) -> int:
+    """Guest memory gone over between two samples, as far as counters tell; zero where they went back or are missing."""
+    counted_before, counted_after = _counted_bytes(before), _counted_bytes(after)
+    counted = counted_after - counted_before if counted_after is not None and counted_before is not None else 0
+    wire_before, wire_after = before.memory_processed_bytes, after.memory_processed_bytes
+    wire = wire_after - wire_before if wire_after is not None and wire_before is not None else 0
+    return max(counted, wire, 0)
 
 
 def _counted_bytes(progress: Progress) -> int | None:
