@@ -1,0 +1,31 @@
+"""What every test shares: the lab's fixtures, and a last word on what was skipped and why."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+
+import pytest
+
+# the suite is collected without the lab too: its fixtures are then missing only from the tests that ask for them
+pytest_plugins = ["tests.support.lab"] if importlib.util.find_spec("tests.support.lab") else []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line with the count, then one line for each reason, the most frequent first."""
+    reasons = skip_reasons(terminalreporter.stats.get("skipped", []))
+    if not reasons:
+        return
+    terminalreporter.section(f"{reasons.total()} skipped")
+    for reason, count in reasons.most_common():
+        terminalreporter.line(f"{count:5d}  {reason}")
+
+
+def skip_reasons(reports: list[pytest.TestReport]) -> Counter[str]:
+    """How many tests were skipped for each reason."""
+    found: Counter[str] = Counter()
+    for report in reports:
+        # a skip's longrepr is (file, line, "Skipped: reason")
+        text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        found[text.removeprefix("Skipped: ")] += 1
+    return found
