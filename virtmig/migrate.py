@@ -1,0 +1,435 @@
+"""One migration, from request to outcome, top to bottom.
+
+    open both ends -> facts -> plan (or every refusal) -> start -> watch, decide, act -> ask both hosts -> outcome
+
+Nothing is claimed about the guest that a host has not said. Before libvirt's job has started, failures raise
+(RequestError, PlanRefused, ConnectionFailed, DomainNotFound); from then on every end is an Outcome that says where
+the guest runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import msgspec
+from tenacity import Retrying, retry_if_exception, retry_if_result, stop_after_attempt, wait_exponential_jitter
+
+from virtmig.errors import ConnectionFailed, PlanRefused, VirtError
+from virtmig.facts import GuestFacts, HostFacts
+from virtmig.forecast import Forecast, forecast
+from virtmig.plan import Plan, negotiate
+from virtmig.policy import Action, Decision, History, Policy, decide
+from virtmig.progress import Outcome, PassCounter, Phase, Progress, Status, Whereabouts
+from virtmig.request import MigrationRequest
+from virtmig.virt.capabilities import gather_guest_facts, gather_host_facts, unreachable_host_facts
+from virtmig.virt.connection import FENCED_KEEPALIVE, KEEPALIVE_COUNT, KEEPALIVE_INTERVAL_S, lookup_domain
+from virtmig.virt.fence import HOLD_FLAG, Fence
+from virtmig.virt.hosts import Host
+from virtmig.virt.job import MigrationJob
+from virtmig.virt.parameters import migrate_call
+from virtmig.whereabouts import HostAnswer, Presence, judge, sentence
+
+log = logging.getLogger("virtmig")
+
+SAMPLE_S = 0.2
+#: how long hosts may take to settle after the call has ended before what they say counts as the end
+SETTLE_S = 8.0
+#: a second stop request within this time means: now
+STOP_AGAIN_S = 2.0
+#: libvirt's codes for trouble that may pass by itself: RPC, no connect, internal port clash, state lock
+PASSING_CODES = frozenset({5, 38, 39, 68})
+
+
+class Watcher(Protocol):
+    """Who is told what happens: a display, a recorder, a test."""
+
+    def start(self, domain: str, source: str, destination: str, plan: Plan) -> None: ...
+    def sample(self, progress: Progress, expected: Forecast) -> None: ...
+    def decided(self, decision: Decision) -> None: ...
+    def message(self, text: str, level: str = "info") -> None: ...
+    def finish(self, outcome: Outcome) -> None: ...
+
+
+class Silent:
+    """A watcher that says nothing."""
+
+    def start(self, domain: str, source: str, destination: str, plan: Plan) -> None: ...
+    def sample(self, progress: Progress, expected: Forecast) -> None: ...
+    def decided(self, decision: Decision) -> None: ...
+    def message(self, text: str, level: str = "info") -> None: ...
+    def finish(self, outcome: Outcome) -> None: ...
+
+
+class StopRequest:
+    """Requests to stop, from signals or another thread: when each arrived (time.monotonic()) and what it was."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[float, str]] = []
+
+    def ask(self, what: str) -> None:
+        # only an append: this runs inside signal handlers, where taking a lock could wait for ourselves
+        self.requests.append((time.monotonic(), what))
+
+    @property
+    def now(self) -> bool:
+        """Whether the last two requests came close together: stop at once, wait for nothing."""
+        return len(self.requests) > 1 and self.requests[-1][0] - self.requests[-2][0] <= STOP_AGAIN_S
+
+
+class Ends(msgspec.Struct):
+    """Both ends of one migration, the domain, and what is known about all three."""
+
+    source: Host
+    destination: Host | None
+    domain: Any
+    uuid: str
+    name: str
+    source_facts: HostFacts
+    destination_facts: HostFacts
+    guest: GuestFacts
+
+    @property
+    def destination_name(self) -> str:
+        return self.destination.name if self.destination else self.destination_facts.hostname
+
+
+def migrate(
+    request: MigrationRequest,
+    *,
+    source_uri: str | None = None,
+    watcher: Watcher | None = None,
+    stop: StopRequest | None = None,
+) -> Outcome:
+    """Migrate as asked, watch it, and say where the guest runs.
+
+    Start failures that may pass are tried again (`--retries`), only while nothing has moved. Raises RequestError,
+    PlanRefused, ConnectionFailed, DomainNotFound before anything has started; afterwards returns an Outcome.
+    """
+    watcher, stop = watcher or Silent(), stop or StopRequest()
+    with open_ends(request, source_uri, stop) as ends:
+        plan = negotiate(request, ends.source_facts, ends.destination_facts, ends.guest)
+        plan.raise_if_refused()
+        _refuse_blind_fence(plan.request, ends)
+        watcher.start(ends.name, ends.source.name, ends.destination_name, plan)
+        outcome: Outcome = _retrying(request, stop, retry_if_result(_may_try_again))(
+            _Run(ends, plan, watcher, stop).once
+        )
+        watcher.finish(outcome)
+        return outcome
+
+
+def plan_only(request: MigrationRequest, *, source_uri: str | None = None) -> tuple[Plan, HostFacts, HostFacts]:
+    """What `migrate` would do, refusals included, and the facts of both hosts; starts nothing."""
+    with open_ends(request, source_uri, StopRequest()) as ends:
+        plan = negotiate(request, ends.source_facts, ends.destination_facts, ends.guest)
+        return plan, ends.source_facts, ends.destination_facts
+
+
+@contextlib.contextmanager
+def open_ends(request: MigrationRequest, source_uri: str | None, stop: StopRequest) -> Iterator[Ends]:
+    """Open both ends, find the domain, ask both hosts for facts (at the same time), close them afterwards.
+
+    A destination that only the source daemon can reach (p2p through another network) is no error: what only it could
+    tell is then unknown, and the plan says so.
+    """
+    opening = _retrying(request, stop, retry_if_exception(lambda e: isinstance(e, ConnectionFailed) and e.retryable))
+    source = opening(Host, source_uri)
+    destination: Host | None = None
+    try:
+        domain = lookup_domain(source.connection, request.domain)
+        try:
+            destination = opening(Host, request.destination_uri)
+        except ConnectionFailed as error:
+            if "p2p" not in request:
+                raise
+            log.info("the destination is not reachable from here, only from the source: %s", error)
+        query_qemu = "query-qemu" in request
+        with ThreadPoolExecutor(max_workers=3, thread_name_prefix="virtmig-facts") as pool:
+            guest = pool.submit(gather_guest_facts, domain, query_qemu=query_qemu)
+            mine = pool.submit(gather_host_facts, source.connection, source.full_uri())
+            if destination is None:
+                theirs = unreachable_host_facts(request.destination_uri)
+            else:
+                theirs = gather_host_facts(destination.connection, request.destination_uri, guest=guest.result())
+            ends = Ends(source, destination, domain, domain.UUIDString(), domain.name(), mine.result(), theirs,
+                        guest.result())  # fmt: skip
+        yield ends
+    finally:
+        source.close()
+        if destination is not None:
+            destination.close()
+
+
+class _Run:
+    """One attempt: start the job, watch it, conclude. The state of an attempt, nothing of the next."""
+
+    def __init__(self, ends: Ends, plan: Plan, watcher: Watcher, stop: StopRequest) -> None:
+        self.ends = ends
+        self.plan = plan
+        self.request = plan.request
+        self.watcher = watcher
+        self.stop = stop
+
+    def once(self) -> Outcome:
+        fenced = "fence" in self.request
+        call = migrate_call(self.request, extra_flags=HOLD_FLAG if fenced else 0)
+        ends = self.ends
+        keepalive = FENCED_KEEPALIVE if fenced else (KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT)
+        self.job = MigrationJob(
+            ends.source, ends.destination, ends.uuid, self.request.destination_uri, call, keepalive=keepalive
+        )
+        self.fence: Fence | None = None
+        if fenced and ends.destination is not None:
+            start_guest = "suspend" not in self.request and ends.guest.running
+            self.fence = Fence(self.job, ends.source, ends.destination, start_guest=start_guest)
+        self.policy = Policy.from_request(self.request)
+        self.history = History()
+        self.passes = PassCounter()
+        self.started = False
+        self.stops_seen = len(self.stop.requests)
+        self.previous_downtime_ms = self._set_downtime_limit()
+        try:
+            self.job.start()
+            while not self.job.wait(SAMPLE_S):
+                self._turn()
+                if self.detached:
+                    return self._outcome(Status.DETACHED, *self._ask())
+                if self.stop.now and self.job.abort_asked:
+                    break
+            return self._conclude()
+        finally:
+            self.job.close()
+
+    # -- watching --------------------------------------------------------------------------------------------------
+
+    detached = False
+
+    def _turn(self) -> None:
+        progress = self.job.sample()
+        if progress is not None:
+            progress = msgspec.structs.replace(progress, full_passes=self.passes.update(progress))
+            self.started = self.started or bool(progress.processed_bytes)
+            decision = decide(self.policy, self.history, progress, time.monotonic())
+            self.history.add(progress, decision, time.monotonic())
+            self.watcher.sample(progress, forecast(self.history, self.policy))
+            self._act(decision)
+        if self.fence is not None:
+            self.fence.step()
+        if len(self.stop.requests) > self.stops_seen or (self.stops_seen and not self.job.abort_asked):
+            self.stops_seen = len(self.stop.requests)
+            self._stop(progress)
+
+    def _act(self, decision: Decision) -> None:
+        if not decision.notable:
+            return
+        self.watcher.decided(decision)
+        try:
+            match decision.action:
+                case Action.SET_DOWNTIME:
+                    self.job.set_downtime_limit(int(decision.value or 0))
+                case Action.START_POSTCOPY:
+                    self.job.start_postcopy()
+                case Action.SUSPEND:
+                    self.job.suspend()
+                case Action.ABORT:
+                    self.job.abort()
+        except VirtError as error:
+            self.history.failed(decision)
+            self.watcher.message(f"{decision.action.value} was refused: {error}", "warning")
+
+    def _stop(self, progress: Progress | None) -> None:
+        """Abort safely. In postcopy an abort would lose the guest: say so and let go of it instead."""
+        _, what = self.stop.requests[-1]
+        if progress is not None and progress.phase in (Phase.POSTCOPY, Phase.POSTCOPY_PAUSED):
+            self._detach(what)
+            return
+        try:
+            first = not self.job.abort_asked
+            self.job.abort()
+            if first:
+                self.watcher.message(f"{what}: aborting; the guest stays on {self.ends.source.name}")
+        except VirtError as error:
+            if "post-copy" in error.message:
+                self._detach(what)
+            else:  # no job yet, or no job any more: asked again on the next turn, and the end tells
+                log.debug("abort: %s", error)
+                self.job.abort_asked = False
+
+    def _detach(self, what: str) -> None:
+        self.watcher.message(
+            f"{what}: the guest already runs on {self.ends.destination_name} and needs the rest of its memory from "
+            f"{self.ends.source.name}; aborting now would lose it. The migration goes on without this command; "
+            f"watch it with: virtmig watch {self.ends.name}",
+            "warning",
+        )
+        self.detached = True
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def _conclude(self) -> Outcome:
+        error = self.job.error if self.job.finished else None
+        hint = ""
+        if self.fence is not None:
+            if error is None and self.job.finished:
+                self._open_fence()
+            elif error is not None:
+                hint = self.fence.remove_held_copy()
+        source, destination = self._ask_until_settled()
+        place = judge(source, destination, call_succeeded=self.job.finished and error is None)
+        if self.fence is not None and place is Whereabouts.UNKNOWN and source.presence is Presence.RUNNING:
+            place = Whereabouts.SOURCE  # a copy held by the fence cannot have started by itself
+        if place is Whereabouts.SOURCE and self.previous_downtime_ms is not None:
+            with contextlib.suppress(VirtError):
+                self.job.set_downtime_limit(self.previous_downtime_ms)
+        return self._outcome(self._status(place), source, destination, place=place, error=error, hint=hint)
+
+    def _open_fence(self) -> None:
+        assert self.fence is not None
+        deadline = time.monotonic() + SETTLE_S
+        while self.fence.start_guest and not self.fence.opened and time.monotonic() < deadline:
+            self.fence.step()
+            if not self.fence.opened:
+                time.sleep(0.05)
+
+    def _status(self, place: Whereabouts) -> Status:
+        if place in (Whereabouts.DOUBLED, Whereabouts.LOST, Whereabouts.NEITHER):
+            return Status.COMPLETED if self._offline_done() else Status.FAILED
+        if self.job.finished and self.job.error is None:
+            return Status.COMPLETED
+        if place is Whereabouts.DESTINATION:
+            return Status.COMPLETED  # the call failed, yet the guest has arrived: the hosts' word counts
+        if place is Whereabouts.SPLIT:
+            return Status.INTERRUPTED
+        if place is Whereabouts.SOURCE and (self.job.abort_asked or self._aborted_elsewhere()):
+            return Status.ABORTED
+        return Status.FAILED
+
+    def _offline_done(self) -> bool:
+        return "offline" in self.request and self.job.finished and self.job.error is None
+
+    def _aborted_elsewhere(self) -> bool:
+        return self.job.error is not None and self.job.error.code == 78  # VIR_ERR_OPERATION_ABORTED
+
+    def _ask(self) -> tuple[HostAnswer, HostAnswer]:
+        ends = self.ends
+        with ThreadPoolExecutor(max_workers=2, thread_name_prefix="virtmig-ask") as pool:
+            mine = pool.submit(ends.source.ask, ends.uuid, incoming=False)
+            if ends.destination is None:
+                return mine.result(), HostAnswer(ends.destination_name, Presence.NO_ANSWER, "not reachable from here")
+            theirs = pool.submit(ends.destination.ask, ends.uuid, incoming=True)
+            return mine.result(), theirs.result()
+
+    def _ask_until_settled(self) -> tuple[HostAnswer, HostAnswer]:
+        """Both answers, asked again while a host is still cleaning up (a copy that leaves or arrives)."""
+        deadline = time.monotonic() + SETTLE_S
+        passing = (Presence.LEAVING, Presence.INCOMING)
+        while True:
+            source, destination = self._ask()
+            settled = source.presence not in passing and destination.presence not in passing
+            if settled or self.stop.now or time.monotonic() > deadline:
+                return source, destination
+            time.sleep(0.1)
+
+    def _outcome(
+        self,
+        status: Status,
+        source: HostAnswer,
+        destination: HostAnswer,
+        *,
+        place: Whereabouts | None = None,
+        error: VirtError | None = None,
+        hint: str = "",
+    ) -> Outcome:
+        job, ends = self.job, self.ends
+        if place is None:
+            place = judge(source, destination)
+        completed = job.completed
+        return Outcome(
+            status=status,
+            guest=place,
+            domain=ends.name,
+            source=source.name,
+            destination=destination.name,
+            sentence=self._sentence(place, source, destination),
+            elapsed_s=time.monotonic() - job.started_at,
+            downtime_ms=completed.get("downtime"),
+            observed_downtime_ms=job.observed_downtime_ms(),
+            total_bytes=completed.get("data_total"),
+            processed_bytes=completed.get("data_processed"),
+            iterations=completed.get("memory_iteration"),
+            actions=tuple(f"{decision.action.value}: {decision.reason}" for decision in self.history.taken),
+            error=error.message if error else "",
+            error_code=error.code if error else -1,
+            error_domain=error.domain if error else -1,
+            hint=hint or self._hint(place),
+            started=self.started,
+        )
+
+    def _sentence(self, place: Whereabouts, source: HostAnswer, destination: HostAnswer) -> str:
+        name = self.request.text("dname") or self.ends.name
+        if "offline" in self.request:
+            if self._offline_done():
+                return f"the definition of {name} is now on {destination.name}; it does not run"
+            return f"the definition of {name} is still on {source.name}; it does not run"
+        if self.fence is not None and place is Whereabouts.SOURCE and destination.presence is Presence.NO_ANSWER:
+            return f"{name} still runs on {source.name}; its copy on {destination.name} is held by the fence"
+        return sentence(name, place, source, destination)
+
+    def _hint(self, place: Whereabouts) -> str:
+        name = self.ends.name
+        mine, theirs = f"virsh -c '{self.ends.source.full_uri()}'", f"virsh -c '{self.request.destination_uri}'"
+        match place:
+            case Whereabouts.SPLIT:
+                again = self.request.replace(live=True, postcopy=True, postcopy_resume=True)
+                return again.virtmig_line(self.ends.source.full_uri())
+            case Whereabouts.DOUBLED:
+                return (
+                    f"both write to the same disks; stop one at once: {mine} destroy {name}, or {theirs} destroy {name}"
+                )
+            case Whereabouts.UNKNOWN:
+                return f"before anything is resumed or started: {mine} domstate {name}; {theirs} domstate {name}"
+            case Whereabouts.LOST:
+                return f"{mine} destroy {name}; {theirs} destroy {name}; then start it anew on one of them"
+        return ""
+
+    def _set_downtime_limit(self) -> int | None:
+        """Set --max-downtime before the start; the limit that was there before, to be put back after a failure."""
+        before = self.job.read_downtime_limit() if self.ends.guest.running else None
+        wanted = self.request.number("max-downtime")
+        if wanted is None or not self.ends.guest.running:
+            return None
+        self.job.set_downtime_limit(wanted)
+        return before
+
+
+def _refuse_blind_fence(request: MigrationRequest, ends: Ends) -> None:
+    if "fence" in request and ends.destination is None:
+        raise PlanRefused(
+            [("fence", "the fence needs to reach the destination itself, and only the source can",
+              f"run it where {request.destination_uri} can be opened, or leave out --fence")]
+        )  # fmt: skip
+
+
+def _may_try_again(outcome: Outcome) -> bool:
+    return (
+        outcome.status is Status.FAILED
+        and not outcome.started
+        and outcome.guest is Whereabouts.SOURCE
+        and (outcome.error_code in PASSING_CODES or "Unable to find an unused port" in outcome.error)
+    )
+
+
+def _retrying(request: MigrationRequest, stop: StopRequest, retry: Any) -> Retrying:
+    """tenacity's loop, for what is safe to repeat; a stop request ends it, the last result or error is kept."""
+    return Retrying(
+        retry=retry,
+        stop=lambda state: bool(stop.requests) or stop_after_attempt(1 + (request.number("retries") or 0))(state),
+        wait=wait_exponential_jitter(initial=0.2, max=3.0, jitter=0.2),
+        before_sleep=lambda state: log.info("trying again: %s", state.outcome),
+        retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
+    )
