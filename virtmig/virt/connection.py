@@ -24,6 +24,9 @@ KEEPALIVE_COUNT = 5
 #: behind the fence a destination that is given up too early costs a retry, never a second copy: 8 s instead of 30
 FENCED_KEEPALIVE = (2, 3)
 
+#: what `open_connection` uses when it is told nothing else; virsh's -k and -K set it
+default_keepalive = (KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT)
+
 _loop_lock = threading.Lock()
 _loop_thread: threading.Thread | None = None
 
@@ -54,11 +57,20 @@ def start_event_loop() -> None:
         _loop_thread.start()
 
 
+def set_default_keepalive(interval_s: int | None, count: int | None) -> None:
+    """virsh's -k and -K: for every connection opened from now on; an interval of 0 turns keepalive off."""
+    global default_keepalive
+    default_keepalive = (
+        KEEPALIVE_INTERVAL_S if interval_s is None else interval_s,
+        KEEPALIVE_COUNT if count is None else count,
+    )
+
+
 def open_connection(
     uri: str | None,
     *,
     readonly: bool = False,
-    keepalive: tuple[int, int] = (KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT),
+    keepalive: tuple[int, int] | None = None,
 ) -> Any:
     """A libvirt.virConnect for `uri` (None: libvirt's own default and aliases), with keepalive on where it exists.
 
@@ -76,7 +88,7 @@ def open_connection(
             hint=_connect_hint(uri or "", str(error)),
         ) from error
     with contextlib.suppress(libvirt.libvirtError):  # local drivers (test:///) have no keepalive
-        connection.setKeepAlive(*keepalive)
+        connection.setKeepAlive(*(keepalive or default_keepalive))
     return connection
 
 
@@ -94,7 +106,8 @@ def _connect_hint(uri: str, text: str) -> str:
     if "name or service not known" in lower or "resolve" in lower or "name resolution" in lower:
         return "check the host name in the URI"
     if "no such file" in lower or "connection refused" in lower:
-        return f"is libvirtd (or virtqemud) running there? try: virsh -c '{uri}' version"
+        there = f" try: virsh -c '{uri}' version" if uri else ""
+        return f"is libvirtd (or virtqemud) running there?{there}"
     if "authentication" in lower or "certificate" in lower:
         return "check the credentials: virt-pki-validate for tls, ssh-agent for ssh"
     return f"try: virsh -c '{uri}' version" if uri else ""

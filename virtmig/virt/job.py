@@ -24,8 +24,6 @@ import msgspec
 from virtmig.errors import VirtError
 from virtmig.progress import Phase, Progress
 from virtmig.virt.connection import (
-    KEEPALIVE_COUNT,
-    KEEPALIVE_INTERVAL_S,
     close_connection,
     lookup_domain,
     open_connection,
@@ -217,7 +215,7 @@ class MigrationJob(JobView):
         destination_uri: str,
         call: MigrateCall,
         *,
-        keepalive: tuple[int, int] = (KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT),
+        keepalive: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(source, uuid)
         self.destination = destination
