@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import msgspec
-from tenacity import Retrying, retry_if_exception, retry_if_result, stop_after_attempt, wait_exponential_jitter
+from tenacity import Retrying, retry_if_exception, retry_if_result, stop_after_attempt, wait_random_exponential
 
 from virtmig.errors import ConnectionFailed, PlanRefused, VirtError
 from virtmig.facts import GuestFacts, HostFacts
@@ -27,7 +27,7 @@ from virtmig.policy import Action, Decision, History, Policy, decide
 from virtmig.progress import Outcome, PassCounter, Phase, Progress, Status, Whereabouts
 from virtmig.request import MigrationRequest
 from virtmig.virt.capabilities import gather_guest_facts, gather_host_facts, unreachable_host_facts
-from virtmig.virt.connection import FENCED_KEEPALIVE, KEEPALIVE_COUNT, KEEPALIVE_INTERVAL_S, lookup_domain
+from virtmig.virt.connection import FENCED_KEEPALIVE, lookup_domain
 from virtmig.virt.fence import HOLD_FLAG, Fence
 from virtmig.virt.hosts import Host
 from virtmig.virt.job import MigrationJob
@@ -179,7 +179,7 @@ class _Run:
         fenced = "fence" in self.request
         call = migrate_call(self.request, extra_flags=HOLD_FLAG if fenced else 0)
         ends = self.ends
-        keepalive = FENCED_KEEPALIVE if fenced else (KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT)
+        keepalive = FENCED_KEEPALIVE if fenced else None
         self.job = MigrationJob(
             ends.source, ends.destination, ends.uuid, self.request.destination_uri, call, keepalive=keepalive
         )
@@ -429,7 +429,7 @@ def _retrying(request: MigrationRequest, stop: StopRequest, retry: Any) -> Retry
     return Retrying(
         retry=retry,
         stop=lambda state: bool(stop.requests) or stop_after_attempt(1 + (request.number("retries") or 0))(state),
-        wait=wait_exponential_jitter(initial=0.2, max=3.0, jitter=0.2),
+        wait=wait_random_exponential(multiplier=0.4, max=3.0),
         before_sleep=lambda state: log.info("trying again: %s", state.outcome),
         retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
     )

@@ -138,7 +138,7 @@ VIRSH_OPTIONS: tuple[Option, ...] = (
             "listen_address", positional=True),
     _string("dname", "rename to new name during migration (if supported)", "destination_name", positional=True),
     _number("timeout", "run action specified by --timeout-* option (suspend by default) if live migration exceeds "
-            "timeout", unit="s", low=1, high=INT32_MAX // 1000, positional=True),
+            "timeout", unit="s", low=0, high=INT32_MAX // 1000, positional=True),
     _switch("timeout-suspend", "suspend the guest after timeout"),
     _switch("timeout-postcopy", "switch to post-copy after timeout"),
     _file("xml", "filename containing updated XML for the target", "destination_xml", positional=True),

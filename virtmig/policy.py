@@ -76,7 +76,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
         if passes is None and "postcopy-after-precopy" in request:
             passes = 1
         return cls(
-            timeout_s=request.number("timeout"),
+            timeout_s=request.number("timeout") or None,  # virsh: 0 means no timeout
             timeout_action=timeout_action,
             postcopy_allowed="postcopy" in request,
             postcopy_after_passes=passes,

@@ -6,7 +6,9 @@ MigrationError and its children go up to main, which prints them.
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from virtmig.errors import MigrationError, PlanRefused, RequestError
@@ -20,6 +22,20 @@ if TYPE_CHECKING:
 EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_ABORTED, EXIT_ATTENTION = 0, 1, 3, 4, 5
 
 
+def _connected(options: GlobalOptions) -> AbstractContextManager[Any]:
+    """The connection of -c, -r, -k and -K."""
+    from virtmig.virt.connection import connected
+
+    _use_keepalive(options)
+    return connected(options.connect, readonly=options.readonly)
+
+
+def _use_keepalive(options: GlobalOptions) -> None:
+    from virtmig.virt.connection import set_default_keepalive
+
+    set_default_keepalive(options.keepalive_interval_s, options.keepalive_count)
+
+
 def run_migrate(request: MigrationRequest, options: GlobalOptions) -> int:
     """`virtmig migrate`, and `--plan`, which starts nothing."""
     from virtmig.cli.display import make_display, resolve_mode
@@ -28,6 +44,7 @@ def run_migrate(request: MigrationRequest, options: GlobalOptions) -> int:
     from virtmig.migrate import StopRequest, migrate, plan_only
 
     fine = request.text("exit-codes") == "fine"
+    _use_keepalive(options)
     if "plan" in request:
         plan, _, _ = plan_only(request, source_uri=options.connect)
         if "json" in request:
@@ -36,14 +53,21 @@ def run_migrate(request: MigrationRequest, options: GlobalOptions) -> int:
             print_plan(plan, connect=options.connect or "")
         return (EXIT_REFUSED if fine else EXIT_FAILED) if plan.refusals else EXIT_DONE
     mode = resolve_mode(request, is_terminal=sys.stderr.isatty(), quiet=options.quiet)
-    display = make_display(mode)
+    environ = {**os.environ, **({"NO_COLOR": "1"} if options.no_color else {})}
+    display = make_display(mode, environ=environ)
     try:
+        if options.readonly:
+            raise MigrationError(
+                "operation migrate forbidden for read only access",
+                hint="leave out --readonly",
+                guest=Whereabouts.SOURCE,
+            )
         with stop_on_signals(StopRequest()) as stop, display:
             outcome = migrate(request, source_uri=options.connect, watcher=display, stop=stop)
-    except (PlanRefused, RequestError) as error:
-        if mode == "json":
-            display.refused(error)
-        error.exit_status = EXIT_REFUSED if fine else EXIT_FAILED
+    except MigrationError as error:
+        if isinstance(error, (PlanRefused, RequestError)):
+            error.exit_status = EXIT_REFUSED if fine else EXIT_FAILED
+        display.refused(error)
         raise
     return exit_status(outcome, fine=fine)
 
@@ -76,36 +100,32 @@ def run_watch(values: dict[str, Any], options: GlobalOptions) -> int:
 
 def run_migrate_setmaxdowntime(values: dict[str, Any], options: GlobalOptions) -> int:
     from virtmig.virt import verbs
-    from virtmig.virt.connection import connected
 
-    with connected(options.connect) as connection:
+    with _connected(options) as connection:
         verbs.set_max_downtime(connection, values["domain"], values["downtime"])
     return EXIT_DONE
 
 
 def run_migrate_getmaxdowntime(values: dict[str, Any], options: GlobalOptions) -> int:
     from virtmig.virt import verbs
-    from virtmig.virt.connection import connected
 
-    with connected(options.connect) as connection:
+    with _connected(options) as connection:
         print(verbs.get_max_downtime(connection, values["domain"]))
     return EXIT_DONE
 
 
 def run_migrate_setspeed(values: dict[str, Any], options: GlobalOptions) -> int:
     from virtmig.virt import verbs
-    from virtmig.virt.connection import connected
 
-    with connected(options.connect) as connection:
+    with _connected(options) as connection:
         verbs.set_speed(connection, values["domain"], values["bandwidth"], postcopy=bool(values.get("postcopy")))
     return EXIT_DONE
 
 
 def run_migrate_getspeed(values: dict[str, Any], options: GlobalOptions) -> int:
     from virtmig.virt import verbs
-    from virtmig.virt.connection import connected
 
-    with connected(options.connect) as connection:
+    with _connected(options) as connection:
         print(verbs.get_speed(connection, values["domain"], postcopy=bool(values.get("postcopy"))))
     return EXIT_DONE
 
@@ -113,9 +133,8 @@ def run_migrate_getspeed(values: dict[str, Any], options: GlobalOptions) -> int:
 def run_migrate_compcache(values: dict[str, Any], options: GlobalOptions) -> int:
     from virtmig.cli.job_info import capacity
     from virtmig.virt import verbs
-    from virtmig.virt.connection import connected
 
-    with connected(options.connect) as connection:
+    with _connected(options) as connection:
         size = verbs.compression_cache(connection, values["domain"], values.get("size"))
     print(f"Compression cache: {capacity(size)}")
     return EXIT_DONE
@@ -123,9 +142,8 @@ def run_migrate_compcache(values: dict[str, Any], options: GlobalOptions) -> int
 
 def run_migrate_postcopy(values: dict[str, Any], options: GlobalOptions) -> int:
     from virtmig.virt import verbs
-    from virtmig.virt.connection import connected
 
-    with connected(options.connect) as connection:
+    with _connected(options) as connection:
         verbs.start_postcopy(connection, values["domain"])
     return EXIT_DONE
 
@@ -133,12 +151,11 @@ def run_migrate_postcopy(values: dict[str, Any], options: GlobalOptions) -> int:
 def run_domjobinfo(values: dict[str, Any], options: GlobalOptions) -> int:
     from virtmig.cli.job_info import lines, raw_lines
     from virtmig.virt import verbs
-    from virtmig.virt.connection import connected
 
     completed, any_stats = bool(values.get("completed")), bool(values.get("anystats"))
     if values.get("keep-completed") and not completed:
         raise RequestError("Option --completed is required by option --keep-completed", option="keep-completed")
-    with connected(options.connect) as connection:
+    with _connected(options) as connection:
         stats = verbs.job_stats(
             connection, values["domain"], completed=completed, keep=bool(values.get("keep-completed"))
         )
@@ -149,13 +166,7 @@ def run_domjobinfo(values: dict[str, Any], options: GlobalOptions) -> int:
 
 def run_domjobabort(values: dict[str, Any], options: GlobalOptions) -> int:
     from virtmig.virt import verbs
-    from virtmig.virt.connection import connected
 
-    with connected(options.connect) as connection:
+    with _connected(options) as connection:
         verbs.abort_job(connection, values["domain"], postcopy=bool(values.get("postcopy")))
     return EXIT_DONE
-
-
-def as_error(outcome: Outcome) -> MigrationError:
-    """The outcome of a failed migration as an exception, for callers that want one."""
-    return MigrationError(outcome.error or outcome.sentence, hint=outcome.hint, guest=outcome.guest)
