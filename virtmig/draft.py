@@ -55,11 +55,14 @@ class Draft:
         """Everything that exclusions and known-bad rows speak about."""
         guest, found = self.guest, set(tokens(self.request)) | self.on
         disks = [disk for disk in guest.disks if disk.writable]
+        still = guest.state == "paused" and any(not disk.empty for disk in guest.disks)
         for name, holds in (
             ("guest:vfio", guest.vfio),
             ("guest:tpm", guest.tpm),
             ("guest:kvm", guest.virt_type == "kvm"),
             ("guest:disks", bool(disks)),
+            ("guest:arrived-paused", still and guest.arrived_paused.status == "yes"),
+            ("guest:maybe-arrived-paused", still and guest.arrived_paused.status == "unknown"),
             ("guest:file-disks", any(disk.kind == "file" for disk in disks)),
         ):
             if holds:

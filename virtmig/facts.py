@@ -136,6 +136,7 @@ class GuestFacts(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     uuid: str = ""
     state: str = "unknown"  # running, paused, shut off, crashed, pmsuspended, shutting down, unknown
+    arrived_paused: Finding = Finding()  # came by migration, paused, and has not run since: its disks are inactive
     persistent: bool | None = None
     memory_bytes: int | None = None
     vcpus: int | None = None

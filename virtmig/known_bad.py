@@ -83,6 +83,18 @@ _DROP_ONE = "leave out --parallel, or leave out --postcopy, or bring both QEMUs 
 
 # fmt: off
 KNOWN_BAD: tuple[KnownBad, ...] = (
+    KnownBad(name="paused-twice", kind="refuse", feature="domain", when=("guest:arrived-paused",),
+             unless=("unsafe", "offline"), ranges=(Range("source", "qemu", until=version(10, 0)),),
+             consequence="this guest was migrated here paused and has not run since; the source's QEMU aborts when it "
+                         "is migrated again, and the guest is lost",
+             way_out="virsh resume it for a second, then virsh suspend, then migrate",
+             source="seen with QEMU 7.2.22: bdrv_inactivate_recurse assertion; reported to Nova in 2024"),
+    KnownBad(name="maybe-paused-twice", kind="warn", feature="domain", when=("guest:maybe-arrived-paused",),
+             unless=("unsafe", "offline"), ranges=(Range("source", "qemu", until=version(10, 0)),),
+             consequence="if this paused guest was migrated here and has not run since, the source's QEMU aborts and "
+                         "the guest is lost",
+             way_out="virsh resume it for a second first",
+             source="seen with QEMU 7.2.22: bdrv_inactivate_recurse assertion; reported to Nova in 2024"),
     KnownBad(name="multifd-postcopy-loses-guest", kind="refuse", feature="multifd", when=("multifd", "postcopy"),
              ranges=(Range("either", "qemu", 0, version(8)),),
              consequence="this QEMU accepts multifd with postcopy, then its destination aborts after libvirt has "

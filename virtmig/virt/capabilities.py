@@ -323,10 +323,33 @@ def gather_guest_facts(domain: Any, *, query_qemu: bool = False) -> GuestFacts:
         postcopy_failed=(state, reason) == (libvirt.VIR_DOMAIN_PAUSED, _PAUSED_POSTCOPY_FAILED),
     )
     if active:
-        facts = msgspec.structs.replace(facts, block_job=_block_job(questions, domain, facts.disks))
+        facts = msgspec.structs.replace(
+            facts,
+            block_job=_block_job(questions, domain, facts.disks),
+            arrived_paused=_arrived_paused(questions, domain) if state == libvirt.VIR_DOMAIN_PAUSED else _NOT_PAUSED,
+        )
     if query_qemu and active:
         facts = msgspec.structs.replace(facts, **_ask_qemu(questions, domain))
     return msgspec.structs.replace(facts, disks=_with_storage(questions, domain, facts.disks))
+
+
+#: a vCPU thread that has only been set up has used less than this
+_NEVER_RAN_NS = 100_000_000
+_NOT_PAUSED = Finding("no", "the guest is not paused")
+
+
+def _arrived_paused(questions: _Questions, domain: Any) -> Finding:
+    """Whether a paused guest came here by migration and never ran: libvirt does not say, but its vCPUs' time tells."""
+    vcpus = questions.ask("vCPU times", domain.vcpus)
+    if not vcpus or not vcpus[0]:
+        return Finding("unknown", "libvirt does not tell the vCPUs' time")
+    if any(vcpu[2] > _NEVER_RAN_NS for vcpu in vcpus[0]):
+        return Finding("no", "its vCPUs have run here")
+    keep = libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED | libvirt.VIR_DOMAIN_JOB_STATS_KEEP_COMPLETED
+    last_job = questions.ask("completed job", lambda: domain.jobStats(keep)) or {}
+    if last_job.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN:
+        return Finding("yes", "its vCPUs have not run since it was migrated here")
+    return Finding("unknown", "its vCPUs have not run here; whether it was started here or migrated, nobody says")
 
 
 def _job(questions: _Questions, domain: Any) -> str | None:
