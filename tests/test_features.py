@@ -425,6 +425,8 @@ HIT_AND_MISS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
         {"source_qemu": version(9, 2), "destination_qemu": version(9, 2)},
     ),
     "frequent-iterations": ({"source_qemu": version(11)}, {"source_qemu": version(10, 2)}),
+    "paused-twice": ({"source_qemu": version(9, 2)}, {"source_qemu": version(10), "destination_qemu": version(7, 2)}),
+    "maybe-paused-twice": ({"source_qemu": version(7, 2)}, {"source_qemu": version(10)}),
     "frozen-daemon-doubles-guest": ({"source_libvirt": version(12, 8)}, {}),
 }  # fmt: skip
 
@@ -476,7 +478,7 @@ def test_the_plan_says_what_is_known(name: str) -> None:
 
 
 def test_tokens_of_known_bad_rows_are_words_that_a_plan_knows() -> None:
-    guest_words = {"guest:tpm", "guest:kvm", "guest:file-disks"}
+    guest_words = {"guest:tpm", "guest:kvm", "guest:file-disks", "guest:arrived-paused", "guest:maybe-arrived-paused"}
     for row in KNOWN_BAD:
         for token in (*row.when, *row.unless):
             assert token in BY_FEATURE or token in guest_words or token in BY_NAME, token

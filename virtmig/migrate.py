@@ -208,6 +208,7 @@ class _Run:
     # -- watching --------------------------------------------------------------------------------------------------
 
     detached = False
+    gave_up = ""
 
     def _turn(self) -> None:
         progress = self.job.sample()
@@ -220,6 +221,8 @@ class _Run:
             self._act(decision)
         if self.fence is not None:
             self.fence.step()
+        if progress is not None and progress.phase in (Phase.STORAGE, Phase.PRECOPY) and self.job.destination_lost:
+            self._give_up(f"the connection to the libvirt daemon of {self.ends.destination_name} was lost")
         if len(self.stop.requests) > self.stops_seen or (self.stops_seen and not self.job.abort_asked):
             self.stops_seen = len(self.stop.requests)
             self._stop(progress)
@@ -259,6 +262,14 @@ class _Run:
             else:  # no job yet, or no job any more: asked again on the next turn, and the end tells
                 log.debug("abort: %s", error)
                 self.job.abort_asked = False
+
+    def _give_up(self, why: str) -> None:
+        """Abort for a reason of our own: the outcome is a failure, not somebody's wish."""
+        if not self.gave_up:
+            self.watcher.message(f"{why}: aborting; the guest stays on {self.ends.source.name}", "warning")
+            self.gave_up = why
+            with contextlib.suppress(VirtError):
+                self.job.abort()
 
     def _detach(self, what: str) -> None:
         self.watcher.message(
@@ -305,7 +316,7 @@ class _Run:
             return Status.COMPLETED  # the call failed, yet the guest has arrived: the hosts' word counts
         if place is Whereabouts.SPLIT:
             return Status.INTERRUPTED
-        if place is Whereabouts.SOURCE and (self.job.abort_asked or self._aborted_elsewhere()):
+        if place is Whereabouts.SOURCE and not self.gave_up and (self.job.abort_asked or self._aborted_elsewhere()):
             return Status.ABORTED
         return Status.FAILED
 
@@ -363,7 +374,7 @@ class _Run:
             processed_bytes=completed.get("data_processed"),
             iterations=completed.get("memory_iteration"),
             actions=tuple(f"{decision.action.value}: {decision.reason}" for decision in self.history.taken),
-            error=error.message if error else "",
+            error=self.gave_up or (error.message if error else ""),
             error_code=error.code if error else -1,
             error_domain=error.domain if error else -1,
             hint=hint or self._hint(place),

@@ -125,7 +125,7 @@ GuestFactory = Callable[..., LabGuest]
 
 @pytest.fixture
 def guest(lab: Lab) -> Iterator[GuestFactory]:
-    """`guest(memory_mib=..., dirty_mib_s=..., persistent=..., in_lab=...)`: a fresh one on host a, removed afterwards."""
+    """`guest(memory_mib=..., dirty_mib_s=..., in_lab=..., ...)`: a fresh one on host a, removed afterwards."""
     made: list[LabGuest] = []
 
     def make(*, persistent: bool = False, in_lab: Lab | None = None, **settings: Any) -> LabGuest:

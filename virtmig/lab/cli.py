@@ -135,25 +135,30 @@ def check(name: str, folder: str, guest: str) -> None:
         print(f"{guest} on host {host.name}: {result.checked_bytes >> 20} MiB, every byte as it must be")
 
 
-@lab.command(help="Change the link of a running lab, cut it, or restore it.")
+@lab.command(help="Change the link of a running lab (what is not given stays), cut it, or restore it.")
 @_which
-@click.option("--bandwidth", type=click.FloatRange(min=0.1), default=None, help="Mbit/s, each way")
-@click.option("--delay", type=click.FloatRange(0), default=0.0, help="ms, each way")
-@click.option("--loss", type=click.FloatRange(0, 100), default=0.0, help="%%, each way")
+@click.option("--bandwidth", type=click.FloatRange(min=0), default=None, help="Mbit/s, each way; 0: unlimited")
+@click.option("--delay", type=click.FloatRange(0), default=None, help="ms, each way")
+@click.option("--loss", type=click.FloatRange(0, 100), default=None, help="%%, each way")
 @click.option("--cut/--restore", default=None, help="drop everything silently, or stop doing so")
-def link(name: str, folder: str, bandwidth: float | None, delay: float, loss: float, cut: bool | None) -> None:
-    from virtmig.lab.lab import Lab
-    from virtmig.lab.link import Shape
+def link(
+    name: str, folder: str, bandwidth: float | None, delay: float | None, loss: float | None, cut: bool | None
+) -> None:
+    import msgspec
 
+    from virtmig.lab.lab import Lab
+
+    asked = {"bandwidth_mbit_s": bandwidth, "delay_ms": delay, "loss_percent": loss}
+    given = {key: value for key, value in asked.items() if value is not None}
+    if not given and cut is None:
+        raise LabError("nothing was asked of the link", hint="--bandwidth, --delay, --loss, --cut or --restore")
     made = Lab.opened(_folder(name, folder))
     if not made.full:
         raise LabError("the session form of the lab has no link of its own", hint="run as root")
-    if cut is None:
-        made.link.change(Shape(bandwidth_mbit_s=bandwidth, delay_ms=delay, loss_percent=loss))
-    elif cut:
-        made.link.cut()
-    else:
-        made.link.restore()
+    if given:
+        made.link.change(msgspec.structs.replace(made.link.state.shape, **given))
+    if cut is not None:
+        made.link.cut() if cut else made.link.restore()
     made.save()
 
 
@@ -162,7 +167,11 @@ def link(name: str, folder: str, bandwidth: float | None, delay: float, loss: fl
 def down(name: str, folder: str) -> None:
     from virtmig.lab.lab import Lab
 
-    Lab.opened(_folder(name, folder)).down()
+    where = _folder(name, folder)
+    if not (where / "lab.json").exists():
+        print(f"no lab is up in {where}")
+        return
+    Lab.opened(where).down()
 
 
 def _rate(text: str) -> float | None:

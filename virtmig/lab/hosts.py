@@ -77,7 +77,7 @@ class LabHost:
 
     @property
     def log(self) -> Path:
-        return self.folder / "libvirtd.log"
+        return self.folder / "log" / "daemon.log"
 
     @property
     def serial_folder(self) -> str:
@@ -100,6 +100,7 @@ class LabHost:
             "log_outputs": f"2:file:{self.folder / 'log' / 'daemon.log'}",
         }
         qemu: dict[str, object] = {"stdio_handler": "file", "security_driver": "none"}
+        qemu |= {"keepalive_interval": 2, "keepalive_count": 3}  # a frozen peer is given up after 8 s, not 30
         if self.full:
             daemon["log_outputs"] = "2:file:/var/log/libvirt/daemon.log"
             daemon |= {"auth_unix_rw": "none", "auth_unix_ro": "none"}
@@ -151,12 +152,17 @@ class LabHost:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd="/", start_new_session=True
             )
-        await_true(
-            lambda: (ready.is_file() and ready.read_text().strip() != "") or process.poll() is not None,
-            10.0,
-            f"the keeper of host {self.name}",
-            self.folder / "keeper.out",
-        )
+        try:
+            await_true(
+                lambda: (ready.is_file() and ready.read_text().strip() != "") or process.poll() is not None,
+                10.0,
+                f"the keeper of host {self.name}",
+                self.folder / "keeper.out",
+            )
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
         if process.poll() is not None:
             raise LabError(f"host {self.name} did not start: {_tail(self.folder / 'keeper.out')}")
         self.state.keeper = Process.of(int(ready.read_text()))
@@ -169,8 +175,22 @@ class LabHost:
         self.state.keeper.signal(signal.SIGUSR1)
 
     def await_daemon(self, seconds: float = 20.0) -> None:
-        """Wait until the daemon accepts connections. Raises LabError with the end of its log."""
-        await_true(self._accepts, seconds, f"the libvirt daemon of host {self.name}", self.folder / "daemon.out")
+        """Wait until the daemon accepts connections. Raises LabError with the end of its log, at once when it died."""
+        pidfile = self.folder / "daemon.pid"
+        born = died = False
+
+        def settled() -> bool:
+            nonlocal born, died
+            if self._accepts():
+                return True
+            died = born and not pidfile.exists()  # the keeper removes it when it reaps the daemon
+            born = born or pidfile.exists()
+            return died
+
+        await_true(settled, seconds, f"the libvirt daemon of host {self.name}", self.log)
+        if died:  # before it has read its configuration it complains on standard error
+            words = _tail(self.log) or _tail(self.folder / "daemon.out")
+            raise LabError(f"the libvirt daemon of host {self.name} ended at once: {words}")
 
     def _accepts(self) -> bool:
         with socket.socket(socket.AF_UNIX) as probe:
@@ -205,10 +225,9 @@ class LabHost:
         os.kill(self.daemon_pid, signal.SIGCONT)
 
     def kill_daemon(self) -> None:
-        """kill -9; the guests stay."""
-        daemon = Process.of(self.daemon_pid)
-        os.kill(daemon.pid, signal.SIGKILL)
-        await_true(lambda: not daemon.alive, 5.0, "the killed daemon's end")
+        """kill -9; the guests stay. Returns when the keeper has reaped it: until then its socket may still accept."""
+        os.kill(self.daemon_pid, signal.SIGKILL)
+        await_true(lambda: not (self.folder / "daemon.pid").exists(), 5.0, "the killed daemon's end")
 
     def qemu_pid(self, guest: str) -> int | None:
         """The pid of a guest's QEMU on this host."""

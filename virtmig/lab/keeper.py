@@ -50,6 +50,8 @@ def main() -> int:
                 break
             if pid == daemon:
                 daemon = 0
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(config["pidfile"])  # says that the next SIGUSR1 will be heeded, and no pid goes stale
         if received == signal.SIGUSR1 and daemon == 0:
             daemon = start(config)
 

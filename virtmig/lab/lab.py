@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import stat
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -83,7 +84,8 @@ class Lab:
         with _lock(folder):
             if (folder / "lab.json").exists():
                 raise LabError(f"a lab is already up in {folder}", hint="virtmig lab down, or --name for a second one")
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+            _refuse_foreign(os.lstat(folder), folder)
             hosts = [
                 HostState(name=name, form=form, folder=str(folder / name), address=f"{NETWORK}.{number}", user=user)
                 for number, name in ((1, "a"), (2, "b"))
@@ -174,8 +176,7 @@ class Lab:
         image = self.folder / "guests" / f"{settings.name}.img"
         image.write_bytes(boot_image(settings))
         image.chmod(0o444)
-        for each in self.hosts:
-            each.serial_file(settings.name).unlink(missing_ok=True)
+        host.serial_file(settings.name).unlink(missing_ok=True)
         xml = self.folder / "guests" / f"{settings.name}.xml"
         serial = f"{host.serial_folder}/{settings.name}.serial"
         xml.write_text(domain_xml(settings, image=image, serial=serial, emulator=find_qemu()))
@@ -214,22 +215,30 @@ class Lab:
         raise LabError(f"the lab has no guest {name}", hint=f"it has: {', '.join(g.name for g in self.state.guests)}")
 
     def where(self, name: str) -> dict[str, str]:
-        """Each host's `virsh domstate --reason`, "absent" where it does not know the guest."""
+        """Each host's `virsh domstate --reason`: "absent" when it says it has no such guest, else "unknown (why)"."""
         states = {}
         for host in self.hosts:
             done = subprocess.run(
-                ["virsh", "-c", host.uri, "domstate", name, "--reason"], capture_output=True, text=True, timeout=60
+                ["virsh", "-c", host.uri, "domstate", name, "--reason"],
+                capture_output=True,
+                text=True,
+                timeout=60,
+                env={**os.environ, "LC_ALL": "C"},
             )
-            states[host.name] = done.stdout.strip() or "absent"
+            absent = "failed to get domain" in done.stderr
+            states[host.name] = done.stdout.strip() or ("absent" if absent else f"unknown ({_one_line(done.stderr)})")
         return states
 
     def virsh(self, host: LabHost, *words: str) -> str:
         """Plain virsh on this host, from outside. Raises LabError with virsh's words."""
         done = subprocess.run(["virsh", "-c", host.uri, *words], capture_output=True, text=True)
         if done.returncode:
-            text = done.stderr.strip().replace("error: ", "").replace("\n", ": ")
-            raise LabError(f"virsh {' '.join(words)} on host {host.name}: {text}")
+            raise LabError(f"virsh {' '.join(words)} on host {host.name}: {_one_line(done.stderr)}")
         return done.stdout
+
+
+def _one_line(virsh_error: str) -> str:
+    return virsh_error.strip().replace("error: ", "").replace("\n", ": ")
 
 
 def choose_form(form: str) -> str:
@@ -264,13 +273,35 @@ def check_tools(form: str) -> None:
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """Two `up`s of one folder: the second waits for nothing and is told."""
-    with open(f"{folder}.lock", "w") as lock:
+    path = Path(f"{folder}.lock")
+    while True:
+        # the folder's parent is usually /tmp, where anybody may have put a link or a file of that name
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LabError(f"another command is busy with the lab in {folder}") from None
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise LabError(f"cannot lock {path}: {error.strerror}", hint="--dir with a folder of your own") from None
         try:
-            yield
+            _refuse_foreign(os.fstat(lock), path)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise LabError(f"another command is busy with the lab in {folder}") from None
+            try:
+                removed = os.stat(path).st_ino != os.fstat(lock).st_ino
+            except FileNotFoundError:
+                removed = True
+            if removed:
+                continue  # its last owner did so between our open and our lock: ours guards nothing
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
         finally:
-            with contextlib.suppress(OSError):
-                os.unlink(f"{folder}.lock")
+            os.close(lock)
+
+
+def _refuse_foreign(status: os.stat_result, path: Path) -> None:
+    """Root runs what lies in the lab's folder: it must be ours alone."""
+    if status.st_uid != os.getuid() or stat.S_ISLNK(status.st_mode):
+        raise LabError(f"{path} belongs to somebody else", hint="--name or --dir for another place")

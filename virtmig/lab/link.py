@@ -19,6 +19,8 @@ from virtmig.lab.processes import Process, await_true
 
 DEVICE = "lab0"
 PREFIX = 24
+#: a MAC address that no interface of the lab has
+NOBODY = "02:00:00:00:00:fe"
 
 
 class Shape(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,7 +69,7 @@ class Link:
         else:
             for host in self.hosts:
                 _run(host, ["ip", "link", "del", DEVICE], check=False)
-            self.connect(shape)
+            self.connect(shape)  # wire.json carries the cut over
 
     def cut(self) -> None:
         """Drop everything, both ways and silently: neither end is told, as when a cable between switches breaks."""
@@ -90,7 +92,7 @@ class Link:
         _ip(["link", "add", DEVICE, "netns", first, "type", "veth", "peer", "name", DEVICE, "netns", second])
         for host in self.hosts:
             _run(host, ["ip", "addr", "add", f"{host.state.address}/{PREFIX}", "dev", DEVICE])
-            _run(host, ["ip", "link", "set", DEVICE, "up"])
+            _run(host, ["ip", "link", "set", DEVICE, "addrgenmode", "none", "up"])  # no IPv6 beside a cut
 
     def _shape(self) -> None:
         shape = self.state.shape
@@ -114,14 +116,14 @@ class Link:
         if self.state.forwarder is not None:
             self._write_shape()
             return
-        # a filter that drops on entry is silent; an interface that goes down would tell the sender
-        for host in self.hosts:
+        # a frame for somebody else's MAC address is dropped where it arrives, and neither end is told; an interface
+        # that goes down or a queue that drops would tell the sender, and not every kernel has filters (matchall)
+        for host, other in zip(self.hosts, reversed(self.hosts), strict=True):
+            neighbour = ["to", other.state.address, "dev", DEVICE]
             if self.state.cut:
-                _run(host, ["tc", "qdisc", "add", "dev", DEVICE, "clsact"], check=False)
-                _run(host, ["tc", "filter", "replace", "dev", DEVICE, "ingress", "protocol", "all", "prio", "1",
-                            "handle", "1", "matchall", "action", "drop"])  # fmt: skip
+                _run(host, ["ip", "neigh", "replace", *neighbour, "lladdr", NOBODY, "nud", "permanent"])
             else:
-                _run(host, ["tc", "qdisc", "del", "dev", DEVICE, "clsact"], check=False)
+                _run(host, ["ip", "neigh", "del", *neighbour], check=False)
 
     # -- the forwarder ---------------------------------------------------------------------------------------------
 

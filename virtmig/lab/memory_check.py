@@ -30,12 +30,19 @@ class MemoryOfDomain(Protocol):
 
 
 class MemoryCheckFailed(MigrationError):
-    """A page is not what it must be. `address` is the first bad page's, `bad_pages` how many there are."""
+    """A page is not what it must be: `address` is the first bad page's, `bad_pages` how many there are.
 
-    def __init__(self, message: str, *, address: int = 0, bad_pages: int = 0) -> None:
+    `expected` and `found` are the first bad word of that page.
+    """
+
+    def __init__(
+        self, message: str, *, address: int = 0, bad_pages: int = 0, expected: int = 0, found: int = 0
+    ) -> None:
         super().__init__(message, hint="the guest's memory was damaged: keep both hosts' logs, do not trust this guest")
         self.address = address
         self.bad_pages = bad_pages
+        self.expected = expected
+        self.found = found
 
 
 class MemoryCheck(msgspec.Struct, frozen=True):
@@ -111,6 +118,8 @@ def check_memory(memory: bytes, pages: int) -> MemoryCheck:
             f"{int(words[page, offset]):#010x} found ({int(wrong.sum())} bad pages of {pages})",
             address=address,
             bad_pages=int(wrong.sum()),
+            expected=expected,
+            found=int(words[page, offset]),
         )
     counters = words[:, 0]
     low = int(counters[-1])  # the walk starts at the first page: what it has not reached yet is the lower value
@@ -127,6 +136,8 @@ def check_memory(memory: bytes, pages: int) -> MemoryCheck:
             f"({int(bad.sum())} bad pages of {pages})",
             address=address,
             bad_pages=int(bad.sum()),
+            expected=int(ahead[page]),
+            found=int(counters[page]),
         )
     return MemoryCheck(pages, low, step, hashlib.blake2b(memory, digest_size=16).hexdigest())
 

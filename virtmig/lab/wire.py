@@ -11,8 +11,8 @@ wire is bounded, what does not fit is dropped, as a switch does.
 from __future__ import annotations
 
 import collections
-import contextlib
 import ctypes
+import errno
 import fcntl
 import json
 import os
@@ -61,6 +61,15 @@ class Shape:
             self.bytes_per_s, self.delay_s, self.loss = values["bytes_per_s"], values["delay_s"], values["loss"]
 
 
+def deliver(destination: int, packet: bytes) -> None:
+    """Write it, or lose it as a wire does: the device's queue is full (EAGAIN), or it is not up yet (EIO)."""
+    try:
+        os.write(destination, packet)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EIO):
+            raise
+
+
 def carry(source: int, destination: int, path: Path) -> None:
     """One direction, until a device goes away."""
     shape = Shape(path)
@@ -70,8 +79,7 @@ def carry(source: int, destination: int, path: Path) -> None:
         now = time.monotonic()
         while on_the_way and on_the_way[0][0] <= now:
             packet = on_the_way.popleft()[1]
-            with contextlib.suppress(BlockingIOError):
-                os.write(destination, packet)
+            deliver(destination, packet)
         wait = on_the_way[0][0] - time.monotonic() if on_the_way else 0.1
         readable = select.select([source], [], [], max(0.0, wait))[0]
         now = time.monotonic()

@@ -226,6 +226,8 @@ class MigrationJob(JobView):
         self.completed: dict[str, Any] = {}
         self.error: VirtError | None = None
         self.abort_asked = False
+        self._call_destination: Any = None
+        self._call_lock = threading.Lock()  # asking a connection that is being closed would touch freed memory
         self._finished = threading.Event()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -253,6 +255,15 @@ class MigrationJob(JobView):
     def abort(self, *, postcopy: bool = False) -> None:
         self.abort_asked = True
         super().abort(postcopy=postcopy)
+
+    @property
+    def destination_lost(self) -> bool:
+        """Managed only: the connection over which the destination is to be told to finish is dead. libvirt notices
+        that at the very end, and never when memory does not converge; in p2p the source daemon watches it itself.
+        """
+        with self._call_lock, contextlib.suppress(libvirt.libvirtError):
+            return self._call_destination is not None and self._call_destination.isAlive() == 0
+        return True
 
     def saw(self, host: str, what: str, detail: int | None = None) -> Event | None:
         """The last such event, if there was one."""
@@ -289,6 +300,7 @@ class MigrationJob(JobView):
             else:
                 destination = open_connection(self.destination_uri, keepalive=self.keepalive)
                 connections.append(destination)
+                self._call_destination = destination
                 domain.migrate3(destination, self.call.params, self.call.flags)
         except libvirt.libvirtError as error:
             self.error = virt_error(error)
@@ -299,6 +311,8 @@ class MigrationJob(JobView):
         finally:
             self._finished.set()
             self._wake.set()
+            with self._call_lock:
+                self._call_destination = None
             for connection in connections:
                 close_connection(connection)
 
