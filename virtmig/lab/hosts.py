@@ -219,7 +219,10 @@ class LabHost:
             raise LabError(f"the libvirt daemon of host {self.name} is not running") from None
 
     def freeze_daemon(self) -> None:
+        """SIGSTOP, and wait until it stands still: the signal is only queued when kill() returns."""
+        status = Path(f"/proc/{self.daemon_pid}/status")
         os.kill(self.daemon_pid, signal.SIGSTOP)
+        await_true(lambda: "(stopped)" in status.read_text(), 5.0, "the frozen daemon's standstill")
 
     def thaw_daemon(self) -> None:
         os.kill(self.daemon_pid, signal.SIGCONT)
