@@ -276,6 +276,11 @@ def test_a_broken_postcopy_is_said_and_recovered_by_its_hint(full_lab: Lab, gues
     done = subprocess.run(
         [sys.executable, "-m", "virtmig.cli.main", *words[1:]], capture_output=True, text=True, timeout=100
     )
+    if 11_002_000 <= fresh.connection(full_lab.b).getLibVersion() < 11_004_000:  # the daemon would crash (NEWS 11.4.0)
+        assert done.returncode == 1
+        assert "daemon crashes" in done.stderr
+        assert fresh.running(full_lab.b)
+        return
     assert done.returncode == 0, done.stderr
     assert f"{fresh.name} now runs on lab-b" in done.stdout
     assert fresh.only_on(full_lab.b)
