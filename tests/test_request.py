@@ -354,7 +354,7 @@ def test_sibling_verbs_are_checked_against_their_own_table() -> None:
     with pytest.raises(RequestError) as refused:
         check_values(verb.name, verb.options, {"bandwidth": str(1 << 44), "live": True})
     assert [message for _, message, _ in refused.value.problems] == [
-        "numerical overflow: bandwidth must be less than 17592186044416",
+        "numerical overflow: bandwidth must be less than 8796093022208",
         "command 'migrate-setspeed' doesn't support option --live",
         "command 'migrate-setspeed' requires <domain> option",
     ]

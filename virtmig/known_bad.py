@@ -85,9 +85,9 @@ _DROP_ONE = "leave out --parallel, or leave out --postcopy, or bring both QEMUs 
 KNOWN_BAD: tuple[KnownBad, ...] = (
     KnownBad(name="paused-twice", kind="refuse", feature="domain", when=("guest:arrived-paused",),
              unless=("unsafe", "offline"), ranges=(Range("source", "qemu", until=version(10, 0)),),
-             consequence="this guest was migrated here paused and has not run since; the source's QEMU aborts when it "
-                         "is migrated again, and the guest is lost",
-             way_out="virsh resume it for a second, then virsh suspend, then migrate",
+             consequence="this paused guest was migrated here and has used no processor time since; if it never ran, "
+                         "the source's QEMU aborts when it is migrated again, and the guest is lost",
+             way_out="virsh resume it until it has done something, then suspend it again; or --unsafe if it has run",
              source="seen with QEMU 7.2.22: bdrv_inactivate_recurse assertion; reported to Nova in 2024"),
     KnownBad(name="maybe-paused-twice", kind="warn", feature="domain", when=("guest:maybe-arrived-paused",),
              unless=("unsafe", "offline"), ranges=(Range("source", "qemu", until=version(10, 0)),),

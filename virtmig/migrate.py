@@ -19,13 +19,14 @@ from typing import Any, Protocol
 import msgspec
 from tenacity import Retrying, retry_if_exception, retry_if_result, stop_after_attempt, wait_random_exponential
 
-from virtmig.errors import ConnectionFailed, PlanRefused, VirtError
+from virtmig.domain.document import parse_xml
+from virtmig.errors import ConnectionFailed, DomainXmlError, PlanRefused, RequestError, VirtError
 from virtmig.facts import GuestFacts, HostFacts
 from virtmig.forecast import Forecast, forecast
 from virtmig.plan import Plan, negotiate
 from virtmig.policy import Action, Decision, History, Policy, decide
 from virtmig.progress import Outcome, PassCounter, Phase, Progress, Status, Whereabouts
-from virtmig.request import MigrationRequest
+from virtmig.request import MigrationRequest, read_file_values
 from virtmig.virt.capabilities import gather_guest_facts, gather_host_facts, unreachable_host_facts
 from virtmig.virt.connection import FENCED_KEEPALIVE, lookup_domain
 from virtmig.virt.fence import HOLD_FLAG, Fence
@@ -111,6 +112,7 @@ def migrate(
     PlanRefused, ConnectionFailed, DomainNotFound before anything has started; afterwards returns an Outcome.
     """
     watcher, stop = watcher or Silent(), stop or StopRequest()
+    check_files(request)
     with open_ends(request, source_uri, stop) as ends:
         plan = negotiate(request, ends.source_facts, ends.destination_facts, ends.guest)
         plan.raise_if_refused()
@@ -125,9 +127,23 @@ def migrate(
 
 def plan_only(request: MigrationRequest, *, source_uri: str | None = None) -> tuple[Plan, HostFacts, HostFacts]:
     """What `migrate` would do, refusals included, and the facts of both hosts; starts nothing."""
+    check_files(request)
     with open_ends(request, source_uri, StopRequest()) as ends:
         plan = negotiate(request, ends.source_facts, ends.destination_facts, ends.guest)
         return plan, ends.source_facts, ends.destination_facts
+
+
+def check_files(request: MigrationRequest) -> None:
+    """Read what --xml and --persistent-xml name, before any connection. Raises RequestError for no domain XML."""
+    values = read_file_values({name: request[name] for name in request})
+    for name in ("xml", "persistent-xml"):
+        if name in values:
+            try:
+                root = parse_xml(str(values[name]))
+            except DomainXmlError as error:
+                raise RequestError(f"{request[name]}: {error}", option=name, hint="a domain XML") from None
+            if root.tag != "domain":
+                raise RequestError(f"{request[name]}: the root element is no domain", option=name, hint="a domain XML")
 
 
 @contextlib.contextmanager

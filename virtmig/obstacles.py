@@ -42,7 +42,7 @@ def obstacles(
     """Every Refusal and Caution that does not depend on which channels or features are chosen."""
     yield from _hosts(request, source, destination)
     yield from _options_too_new(request, source, destination)
-    yield from _names(request, destination, guest)
+    yield from _names(request, source, destination, guest)
     if "postcopy-resume" in request:
         yield from _resume(destination, guest)
         return
@@ -126,9 +126,15 @@ def _libvirts(option: Option, source: HostFacts, destination: HostFacts) -> Iter
 # -- the domain ----------------------------------------------------------------------------------------------------
 
 
-def _names(request: MigrationRequest, destination: HostFacts, guest: GuestFacts) -> Iterator[Obstacle]:
+def _names(
+    request: MigrationRequest, source: HostFacts, destination: HostFacts, guest: GuestFacts
+) -> Iterator[Obstacle]:
     if destination.domains is None or "postcopy-resume" in request:
         return
+    if source.host_uuid is not None and source.host_uuid == destination.host_uuid:
+        return  # the same daemon: what it knows is the guest itself
+    if guest.job or guest.postcopy_failed:
+        return  # a migration is under way: the copy there is its other half, in postcopy the one that runs
     name = request.text("dname") or guest.name
     remove = f"virsh -c '{request.destination_uri}'"
     for known in destination.domains:
@@ -137,7 +143,8 @@ def _names(request: MigrationRequest, destination: HostFacts, guest: GuestFacts)
                 yield Refusal(
                     "domain",
                     f"domain '{known.name}' with UUID {known.uuid} is already active on {destination.label}",
-                    f"if that copy is not the real one, stop it: {remove} destroy {known.name}",
+                    f"look at both before anything is stopped: virsh -c '{source.uri}' domstate --reason {guest.name}; "
+                    f"{remove} domstate --reason {known.name}",
                 )
             elif known.name != name:
                 yield Refusal(
@@ -184,7 +191,7 @@ def _state(request: MigrationRequest, source: HostFacts, guest: GuestFacts) -> I
         yield Refusal(
             "domain",
             f"another job is already running for domain '{guest.name}': {guest.job}",
-            f"virtmig watch {guest.name}, or stop it: virsh domjobabort {guest.name}",
+            f"virtmig -c '{source.uri}' watch {guest.name}",
         )
     if guest.postcopy_failed:
         yield Refusal(

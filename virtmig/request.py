@@ -174,6 +174,8 @@ def check_value(option: Option, value: object) -> Value:
         )
     if option.name == "migrateuri":
         _check_migrate_uri(text)
+    if option.name == "dname" and "/" in text:
+        raise RequestError(f"name {text} cannot contain '/'", option="dname", hint="a name without slashes")
     return text
 
 
@@ -250,6 +252,8 @@ def _check_migrate_uri(text: str) -> None:
         parts = urlsplit(text)
     except ValueError as error:
         raise RequestError(f"malformed migration URI {text}: {error}", option="migrateuri") from None
+    if text.partition(":")[2].startswith(":"):
+        raise RequestError(f"malformed migration URI: {text}", option="migrateuri", hint="tcp://HOST[:PORT]")
     if scheme != "unix" and text.partition(":")[2].startswith("//") and not parts.hostname:
         raise RequestError(f"missing host in migration URI: {text}", option="migrateuri", hint="tcp://HOST[:PORT]")
     if scheme == "unix" and not parts.path.startswith("/"):

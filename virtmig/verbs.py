@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import msgspec
 
-from virtmig.options import BANDWIDTH_LIMIT_MIB_S, OPTIONS, Kind, Option
+from virtmig.options import OPTIONS, Kind, Option
+
+#: what libvirt's QEMU driver stores for "unlimited": the largest speed migrate-setspeed takes (INT64_MAX in MiB/s)
+UNLIMITED_MIB_S = ((1 << 63) - 1) >> 20
 
 
 class Verb(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,7 +102,7 @@ VERBS: tuple[Verb, ...] = (
         options=(
             DOMAIN,
             Option(name="bandwidth", kind=Kind.NUMBER, help="migration bandwidth limit", unit="MiB/s", minimum=0,
-                   maximum=BANDWIDTH_LIMIT_MIB_S - 1, positional=True, required=True),
+                   maximum=UNLIMITED_MIB_S, positional=True, required=True),
             _switch("postcopy", "set post-copy migration bandwidth"),
         ),
         examples=(("virtmig migrate-setspeed web01 100", "at most 100 MiB/s from now on"),),

@@ -54,6 +54,10 @@ TABLE = [
     ("unknown option", "--live --paralel standing {b}", "doesn't support option --paralel", "did you mean --parallel"),
     ("no such file", "--live --xml /nonexistent.xml standing {b}", "cannot read file '/nonexistent.xml'", ""),
     ("unsupported scheme", "--live --migrateuri http://x/ standing {b}", "unsupported scheme http", "tcp://"),
+    ("a file that is no XML", "--live --xml /etc/hostname standing {b}", "/etc/hostname", ""),
+    ("no such file, with --plan", "--live --plan --xml /nonexistent.xml standing {b}", "cannot read file", ""),
+    ("a malformed migration URI", "--live --migrateuri tcp:://xx::1 standing {b}", "migration URI", "tcp://"),
+    ("a slash in the new name", "--live --dname we/ird standing {b}", "cannot contain '/'", ""),
     ("missing destination", "--live standing", "requires <desturi> option", ""),
     ("direct", "--live --direct standing {b}", "direct", ""),
     ("method", "--live --comp-methods lz4 standing {b}", "Unsupported compression method 'lz4'", "zstd"),
@@ -77,6 +81,7 @@ def test_each_is_one_clear_error(lab: Lab, standing: LabGuest, what: str, words:
     assert len(set(errors)) == len(errors)
     assert any(error in line for line in errors), errors
     assert any(hint in line for line in hints) or not hint, hints
+    assert "destroy" not in done.stderr
     assert standing.only_on(lab.a)
     assert standing.state(lab.b) is None
 
@@ -92,7 +97,8 @@ def test_a_domain_that_is_already_migrating(lab: Lab, standing: LabGuest) -> Non
         done = virtmig("-c", lab.a.uri, "migrate", "--live", standing.name, lab.b.uri)
         assert done.returncode == 1
         assert "another job is already running" in done.stderr
-        assert "hint: virtmig watch standing" in done.stderr
+        assert f"hint: virtmig -c '{lab.a.uri}' watch standing" in done.stderr
+        assert "destroy" not in done.stderr  # the copy there is the other half of the running migration
         # the first one goes on, undisturbed
         assert standing.domain(lab.a).jobStats(0)["type"] == 2
     finally:

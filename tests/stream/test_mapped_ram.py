@@ -259,4 +259,4 @@ def test_any_change_of_the_list_ends_in_blocks_or_one_typed_error(data):
                 assert len(run.data) <= PIECE_BYTES
         assert end <= len(image.raw)
     except RemoteProtocolError as broken:
-        assert broken.offset >= 0  # noqa: PT017
+        assert broken.offset >= 0

@@ -490,7 +490,7 @@ def test_any_bytes_end_in_events_or_one_typed_error(tail, step):
     try:
         events = decode(raw, step=step)
     except RemoteProtocolError as broken:
-        assert 0 <= broken.offset <= len(raw)  # noqa: PT017
+        assert 0 <= broken.offset <= len(raw)
     else:
         assert encoded(events) == raw
 

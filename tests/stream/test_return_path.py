@@ -231,7 +231,7 @@ def test_any_bytes_end_in_events_or_one_typed_error(raw, step):
     try:
         events = decode(raw, step=step, ended=False)
     except RemoteProtocolError as broken:
-        assert broken.offset <= len(raw)  # noqa: PT017
+        assert broken.offset <= len(raw)
     else:
         out = b"".join(map(encode_return_path, events))
         assert raw[: len(out)] == out

@@ -193,9 +193,11 @@ class Display:
     def _say(self, text: str, stream: TextIO | None = None) -> None:
         # whoever read our progress may be gone (a closed pipe, a terminal that hung up): the migration goes on
         stream = self.err if stream is None else stream
-        with contextlib.suppress(OSError, ValueError):
-            stream.write(f"{text}\n")
-            stream.flush()
+        for place in dict.fromkeys((stream, self.err)):  # a full disk behind standard output must not hide the end
+            with contextlib.suppress(OSError, ValueError):
+                place.write(f"{text}\n")
+                place.flush()
+                return
 
 
 class LineDisplay(Display):

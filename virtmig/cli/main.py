@@ -5,6 +5,7 @@ Every command is imported when it runs and not before, so that `virtmig --help` 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -320,13 +321,40 @@ def main(words: Sequence[str]) -> int:
         return 1
     except click.ClickException as error:
         return _report_click(error)
+    except BrokenPipeError:
+        return 1  # whoever read our output has gone
     except OSError as error:
-        return report(error, tracebacks=bool(os.environ.get("VIRTMIG_DEBUG")))
+        if not os.environ.get("VIRTMIG_DEBUG"):
+            with contextlib.suppress(OSError):
+                _say(
+                    "error", f"cannot go on: {error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+                )
+                return 1
+        return report(error, tracebacks=True)
 
 
 def run() -> None:
     """The `virtmig` command."""
-    sys.exit(main(sys.argv[1:]))
+    _open_standard_streams()
+    status = main(sys.argv[1:])
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.exit(status)
+    _say("error", "cannot write to standard output")
+    os._exit(status or 1)  # the interpreter would try to flush once more, and complain in its own words
+
+
+def _open_standard_streams() -> None:
+    """A closed 0, 1 or 2 becomes /dev/null: otherwise the next socket takes that number, and our output goes there."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - for the life of the process
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
 
 
 if __name__ == "__main__":

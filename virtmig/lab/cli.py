@@ -128,10 +128,10 @@ def check(name: str, folder: str, guest: str) -> None:
     settings = made.guest(guest)
     running = [host for host in made.hosts if made.where(guest)[host.name].split(" ")[0] in ("running", "paused")]
     if not running:
-        raise LabError(f"{guest} runs on neither host", hint="virtmig lab status")
+        raise LabError(f"{guest} runs on neither host", hint=f"virtmig lab status --dir {made.folder}")
     for host in running:
         with connected(host.uri) as connection:
-            result = check_domain(lookup_domain(connection, guest), settings.pages)
+            result = check_domain(lookup_domain(connection, settings.uuid), settings.pages)
         print(f"{guest} on host {host.name}: {result.checked_bytes >> 20} MiB, every byte as it must be")
 
 

@@ -202,9 +202,10 @@ class Lab:
 
     def remove_guest(self, name: str) -> None:
         """Destroy and undefine it on both hosts, whatever state it is in."""
+        uuid = GuestSettings(name=name).uuid  # it may have been given another name on its way
         for host in self.hosts:
             for verb in ("destroy", "undefine"):
-                subprocess.run(["virsh", "-c", host.uri, verb, name], capture_output=True, timeout=60)
+                subprocess.run(["virsh", "-c", host.uri, verb, uuid], capture_output=True, timeout=60)
         self.state.guests = [guest for guest in self.state.guests if guest.name != name]
         self.save()
 
@@ -216,10 +217,11 @@ class Lab:
 
     def where(self, name: str) -> dict[str, str]:
         """Each host's `virsh domstate --reason`: "absent" when it says it has no such guest, else "unknown (why)"."""
+        uuid = GuestSettings(name=name).uuid  # it may have been given another name on its way
         states = {}
         for host in self.hosts:
             done = subprocess.run(
-                ["virsh", "-c", host.uri, "domstate", name, "--reason"],
+                ["virsh", "-c", host.uri, "domstate", uuid, "--reason"],
                 capture_output=True,
                 text=True,
                 timeout=60,

@@ -333,8 +333,8 @@ def gather_guest_facts(domain: Any, *, query_qemu: bool = False) -> GuestFacts:
     return msgspec.structs.replace(facts, disks=_with_storage(questions, domain, facts.disks))
 
 
-#: a vCPU thread that has only been set up has used less than this
-_NEVER_RAN_NS = 100_000_000
+#: setting up a vCPU thread takes less than this; libvirt counts in steps of 10 ms
+_HARDLY_RAN_NS = 100_000_000
 _NOT_PAUSED = Finding("no", "the guest is not paused")
 
 
@@ -343,13 +343,16 @@ def _arrived_paused(questions: _Questions, domain: Any) -> Finding:
     vcpus = questions.ask("vCPU times", domain.vcpus)
     if not vcpus or not vcpus[0]:
         return Finding("unknown", "libvirt does not tell the vCPUs' time")
-    if any(vcpu[2] > _NEVER_RAN_NS for vcpu in vcpus[0]):
+    used_ns = sum(vcpu[2] for vcpu in vcpus[0])
+    if used_ns > _HARDLY_RAN_NS:
         return Finding("no", "its vCPUs have run here")
     keep = libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED | libvirt.VIR_DOMAIN_JOB_STATS_KEEP_COMPLETED
     last_job = questions.ask("completed job", lambda: domain.jobStats(keep)) or {}
-    if last_job.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN:
-        return Finding("yes", "its vCPUs have not run since it was migrated here")
-    return Finding("unknown", "its vCPUs have not run here; whether it was started here or migrated, nobody says")
+    if last_job.get("operation") != libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN:
+        return Finding("unknown", "its vCPUs have hardly run here; whether it was migrated here, nobody says")
+    if used_ns:
+        return Finding("unknown", f"its vCPUs have run for {used_ns // 1_000_000} ms since it was migrated here")
+    return Finding("yes", "its vCPUs have used no processor time since it was migrated here")
 
 
 def _job(questions: _Questions, domain: Any) -> str | None:

@@ -127,6 +127,10 @@ def _phase(stats: Mapping[str, Any], state: int, reason: int) -> Phase:
     return Phase.PRECOPY
 
 
+def _moved(before: Progress | None, now: Progress) -> bool:
+    return before is not None and (now.processed_bytes or 0) > (before.processed_bytes or 0)
+
+
 class JobView:
     """Samples of, and actions on, the outgoing migration job of a domain; `host` is the source.
 
@@ -161,6 +165,7 @@ class JobView:
             return None
         if stats.get("type", 0) == libvirt.VIR_DOMAIN_JOB_NONE:
             return None
+        before = self._last
         self._last = progress_from_stats(
             stats,
             state=state,
@@ -168,6 +173,9 @@ class JobView:
             elapsed_s=time.monotonic() - self.started_at,
             downtime_limit_ms=self.downtime_limit_ms,
         )
+        if self._last.phase is Phase.POSTCOPY_PAUSED and _moved(before, self._last):
+            # the client of a managed migration is gone: libvirt calls the source failed, QEMU goes on and finishes
+            self._last = msgspec.structs.replace(self._last, phase=Phase.POSTCOPY)
         return self._last
 
     def read_downtime_limit(self) -> int | None:
