@@ -10,9 +10,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.streams import (
+    BLOCKS,
+    DEVICE_ID,
+    HEADER,
+    PAGE,
+    POSTCOPY,
+    RAM_ID,
+    RAW,
+    STREAM,
+    decode,
+    kinds,
+    page_run,
+    zero_run,
+)
 from virtmig.errors import RemoteProtocolError
+from virtmig.stream.commands import advise, command, discard, ping, recv_bitmap
 from virtmig.stream.decoder import PreemptDecoder, QemuStreamDecoder
-from virtmig.stream.encoder import command, discard, encode_event, encode_events, ping
+from virtmig.stream.encoder import encode_event, encode_events
 from virtmig.stream.events import (
     Command,
     Description,
@@ -30,82 +45,9 @@ from virtmig.stream.events import (
     StreamHeader,
     ZeroPages,
 )
-from virtmig.stream.ram import LONGEST_RUN_PAGES
+from virtmig.stream.ram import ALL_RECORDS, LONGEST_RUN_PAGES
 from virtmig.stream.wire import Command as Number
-from virtmig.stream.wire import Item
-
-PAGE = 4096
-RAM_ID, DEVICE_ID = 5, 77  # no QEMU's own numbers
-
-
-def words(*pages: int, flags: int) -> Any:
-    return np.array([page * PAGE | flags for page in pages], dtype=np.uint64)
-
-
-def page_run(first: int, count: int, *, named: bool = False, block: str = "pc.ram", seed: int = 3) -> Pages:
-    numbers = words(*range(first, first + count), flags=0x28)
-    if named:
-        numbers[0] &= ~np.uint64(0x20)
-    data = np.random.default_rng(seed).integers(1, 255, count * PAGE, dtype=np.uint8)
-    return Pages(block, named, numbers, data.data)
-
-
-def zero_run(first: int, count: int, *, named: bool = False, block: str = "pc.ram") -> ZeroPages:
-    numbers = words(*range(first, first + count), flags=0x22)
-    if named:
-        numbers[0] &= ~np.uint64(0x20)
-    return ZeroPages(block, named, numbers)
-
-
-BLOCKS = RamBlocks(0x204000 | 4, (RamBlock("pc.ram", 0x200000), RamBlock("pc.rom", 0x4000)))
-JSON = b'{"page_size":4096,"devices":[]}'
-HEADER = StreamHeader(3, "pc-test-1.0", (("configuration/uuid", 1, bytes(16)),))
-
-STREAM: list[Any] = [
-    HEADER,
-    command(Number.OPEN_RETURN_PATH),
-    ping(1),
-    command(Number.POSTCOPY_ADVISE, bytes(16)),
-    SectionBegin(Item.SECTION_START, RAM_ID, "ram", 0, 4),
-    BLOCKS,
-    MultifdFlush(),
-    EndOfRam(),
-    SectionFooter(RAM_ID),
-    SectionBegin(Item.SECTION_PART, RAM_ID, "ram"),
-    zero_run(0, 3, named=True),
-    page_run(3, 2),
-    EncodedPage("pc.ram", False, 7 * PAGE | 0x60, b"\x05\x01\x3c"),
-    EncodedPage("pc.ram", False, 8 * PAGE | 0x120, b"\x78\x01compressed"),
-    page_run(0, 1, named=True, block="pc.rom"),
-    EndOfRam(),
-    SectionFooter(RAM_ID),
-    discard("pc.ram", [(0, PAGE), (3 * PAGE, 2 * PAGE)]),
-    command(Number.SWITCHOVER_START),
-    SectionBegin(Item.SECTION_END, RAM_ID, "ram"),
-    EndOfRam(),
-    SectionFooter(RAM_ID),
-    DeviceSection(
-        Item.SECTION_FULL, DEVICE_ID, "cpu", 0, 12, b"state" + b"\x7e" + DEVICE_ID.to_bytes(4, "big") + b"!", 0
-    ),
-    SectionFooter(DEVICE_ID),
-    EndOfStream(),
-    Description(JSON, len(JSON)),
-]
-RAW = b"".join(encode_events(STREAM))
-
-
-def decode(raw: bytes, step: int = 0, **options: Any) -> list[Any]:
-    decoder = QemuStreamDecoder(**options)
-    found: list[Any] = []
-    for at in range(0, len(raw), step or max(len(raw), 1)):
-        decoder.feed(raw[at : at + (step or len(raw))])
-        found += decoder.events()
-    decoder.end()
-    return [*found, *decoder.events()]
-
-
-def kinds(events: list[Any]) -> list[str]:
-    return [type(event).__name__ for event in events]
+from virtmig.stream.wire import Item, RamFlag
 
 
 def test_whole() -> None:
@@ -187,7 +129,8 @@ def test_a_package_and_the_pages_behind_it() -> None:
         command(Number.POSTCOPY_RUN),
     ]
     raw = b"".join(encode_events(inside))
-    events = [*STREAM[:9], Package(len(raw), tuple(inside)), SectionBegin(Item.SECTION_PART, RAM_ID, "ram"),
+    events = [*STREAM[:9], discard("pc.ram", [(0, 0x200000)]),
+              Package(len(raw), tuple(inside)), SectionBegin(Item.SECTION_PART, RAM_ID, "ram"),
               page_run(1, 4, named=True), EndOfRam(), SectionFooter(RAM_ID)]  # fmt: skip
     whole = b"".join(encode_events(events))
     found = decode(whole)
@@ -258,6 +201,34 @@ BROKEN: list[tuple[str, Callable[[], bytes], str]] = [
     ("4 G capabilities", lambda: RAW[:24] + b"\x05\x1aconfiguration/capabilities" + b"\0\0\0\1" + b"\xff" * 4,
      "4294967295 capabilities"),
     ("unknown subsection", lambda: RAW[:24] + b"\x05\x03abc" + bytes(8), "unknown subsection"),
+    ("page bits", lambda: RAW[:24] + b"\x05\x1econfiguration/target-page-bits" + b"\0\0\0\1" + b"\0\0\0\x10",
+     "target pages of 16 bits"),
+    ("unknown capability", lambda: RAW[:24] + b"\x05\x1aconfiguration/capabilities" + b"\0\0\0\1\0\0\0\1\x03new",
+     "unknown or repeated capability 'new'"),
+    ("capability twice", lambda: RAW[:24] + b"\x05\x1aconfiguration/capabilities" + b"\0\0\0\1\0\0\0\2"
+     + b"\x0amapped-ram" * 2, "unknown or repeated"),
+    ("subsection version", lambda: RAW[:24] + b"\x05\x12configuration/uuid" + b"\0\0\0\2" + bytes(16), "version 2"),
+    ("footer missing", lambda: start(STREAM[9], EndOfRam()) + b"\0", "0x00 where the footer of section 5"),
+    ("RAM in one piece", lambda: HEAD + encode_event(SectionBegin(Item.SECTION_FULL, 1, "ram", 0, 4)), "of one piece"),
+    ("RAM twice", lambda: start(SectionBegin(Item.SECTION_START, 1, "ram", 0, 4)), "RAM begins twice"),
+    ("RAM too old", lambda: HEAD + encode_event(SectionBegin(Item.SECTION_START, 1, "ram", 0, 3)), "version 3"),
+    ("ping without return path", lambda: HEAD + encode_event(ping(1)), "no return path was opened"),
+    ("resume when not paused", lambda: start(command(Number.POSTCOPY_RESUME)), "no postcopy is paused"),
+    ("bitmap when not paused", lambda: start(recv_bitmap("pc.ram")), "no postcopy is paused"),
+    ("bitmap of an unknown block", lambda: start(recv_bitmap("vga")), "unknown RAM block 'vga'"),
+    ("advise twice", lambda: start(advise()), "POSTCOPY_ADVISE in postcopy state 'advise'"),
+    ("advise, target page", lambda: HEAD + cmd(3, bytes(6) + b"\x10\0" + bytes(6) + b"\x20\0"), "target pages of 8192"),
+    ("advise, host page", lambda: HEAD + cmd(3, bytes(14) + b"\x10\0"), "host page sizes 0x0"),
+    ("listen without advise", lambda: HEAD + cmd(4, b""), "POSTCOPY_LISTEN in postcopy state 'none'"),
+    ("run without listen", lambda: start(discard("pc.ram", [(0, PAGE)]), command(Number.POSTCOPY_RUN)),
+     "POSTCOPY_RUN in postcopy state 'discard'"),
+    ("run without a discard", lambda: start(command(Number.POSTCOPY_LISTEN), command(Number.POSTCOPY_RUN)),
+     "POSTCOPY_RUN in postcopy state 'discard'"),
+    ("discard before advise", lambda: HEAD + b"".join(encode_events([*STREAM[4:9], discard("pc.ram", [(0, PAGE)])])),
+     "POSTCOPY_RAM_DISCARD in postcopy state 'none'"),
+    ("discard of an unknown block", lambda: start(discard("vga", [(0, PAGE)])), "unknown RAM block 'vga'"),
+    ("discard of nothing", lambda: start(discard("pc.ram", [(0, 0)])), "unaligned"),
+    ("discard that wraps", lambda: start(discard("pc.ram", [(0xFFFFFFFFFFFFF000, 0x2000)])), "outside of 'pc.ram'"),
     ("unknown item", lambda: HEAD + b"\x42", "unknown item 0x42"),
     ("part of nothing", lambda: HEAD + b"\x02\0\0\0\x09", "section 9, which never began"),
     ("end of nothing", lambda: HEAD + b"\x03\0\0\0\x09", "section 9, which never began"),
@@ -290,8 +261,8 @@ BROKEN: list[tuple[str, Callable[[], bytes], str]] = [
     ("page outside", lambda: part(encode_event(page_run(0x200, 1, named=True))), "outside of RAM block"),
     ("run that leaves the block", lambda: part(encode_event(page_run(0x1FE, 9, named=True))), "outside of RAM block"),
     ("zero page outside", lambda: part(encode_event(zero_run(0x1FE, 9, named=True))), "outside of RAM block"),
-    ("zero page filled", lambda: part(encode_event(zero_run(0, 1, named=True))[:-1] + b"\7"), "fill byte"),
-    ("zero run filled", lambda: part(encode_event(zero_run(0, 40, named=True))[:-1] + b"\7"), "fill byte"),
+    ("zero page filled", lambda: part(bytes(encode_event(zero_run(0, 1, named=True)))[:-1] + b"\7"), "fill byte"),
+    ("zero run filled", lambda: part(bytes(encode_event(zero_run(0, 40, named=True)))[:-1] + b"\7"), "fill byte"),
     ("unknown flags", lambda: part((0xA << 12 | 0xF).to_bytes(8, "big")), "unknown combination of RAM flags: 0xf"),
     ("hook", lambda: part((0x80).to_bytes(8, "big")), "unknown combination"),
     ("end with an address", lambda: part((0x1010).to_bytes(8, "big")), "end of RAM with an address"),
@@ -319,6 +290,44 @@ def test_each_broken_rule_is_one_typed_error_with_its_offset(what: str, raw: Cal
         assert caught.value.channel.startswith("main")
         assert caught.value.offset is not None
         assert 0 <= caught.value.offset <= len(data)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [MultifdFlush(), BLOCKS, EncodedPage("pc.ram", False, 7 * PAGE | 0x60, b"\x05\x01\x3c")],
+    ids=["flush", "blocks", "xbzrle"],
+)
+def test_from_listen_on_only_pages_are_left(record: Any) -> None:
+    good = [*POSTCOPY, zero_run(0, 3, named=True), page_run(3, 1)]
+    assert kinds(decode(b"".join(encode_events([*good, EndOfRam(), SectionFooter(RAM_ID)]))))[-4:-2] == kinds(good[-2:])
+    with pytest.raises(RemoteProtocolError, match=r"RAM flags.*\(postcopy\)"):
+        decode(b"".join(encode_events([*good, record])))
+
+
+def test_records_that_were_not_agreed_on_are_refused() -> None:
+    with pytest.raises(RemoteProtocolError, match="not agreed on: MULTIFD_FLUSH"):
+        decode(RAW, records=ALL_RECORDS & ~RamFlag.MULTIFD_FLUSH)
+    with pytest.raises(RemoteProtocolError, match="not agreed on: XBZRLE"):
+        decode(RAW, records=ALL_RECORDS & ~RamFlag.XBZRLE)
+
+
+def test_a_broken_package_is_at_its_place_in_main() -> None:
+    raw = start(discard("pc.ram", [(0, PAGE)]), command(Number.POSTCOPY_LISTEN))
+    inside = cmd(5, b"") + b"\x42"
+    with pytest.raises(RemoteProtocolError, match="unknown item 0x42") as broken:
+        decode(raw + cmd(7, len(inside).to_bytes(4, "big")) + inside)
+    assert (broken.value.channel, broken.value.offset) == ("main", len(raw) + 9 + 5)
+
+
+def test_sections_are_bounded_in_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("virtmig.stream.decoder.MOST_SECTIONS", 3)
+    sections = [
+        part
+        for number in range(4)
+        for part in (DeviceSection(Item.SECTION_FULL, number, "d", number, 1, b"x", 0), SectionFooter(number))
+    ]
+    with pytest.raises(RemoteProtocolError, match="more than 3 sections"):
+        decode(b"".join(encode_events([HEADER, *sections, EndOfStream()])))
 
 
 def test_a_section_without_an_end_is_bounded() -> None:

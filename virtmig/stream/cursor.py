@@ -31,12 +31,13 @@ class NeedData(Exception):
 class Cursor:
     """`channel` names the stream in errors; `offset` is the absolute position of the next byte to be pulled."""
 
-    def __init__(self, channel: str = "main") -> None:
+    def __init__(self, channel: str = "main", origin: int = 0) -> None:
+        """`origin`: the offset of the first byte to be fed, for a stream that lies inside another."""
         self.channel = channel
         self.ended = False
         self._buffer = bytearray()
         self._at = 0
-        self._dropped = 0
+        self._dropped = origin
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """More bytes. Must not be called while a memoryview from `peek_view` is alive."""
@@ -120,6 +121,15 @@ class Cursor:
         if count is not None:
             self.need(count)
         return memoryview(self._buffer)[self._at : None if count is None else self._at + count]
+
+    def window(self) -> tuple[bytearray, int]:
+        """The buffer itself and where the cursor stands in it, for numpy. No view may live when `feed` is called."""
+        return self._buffer, self._at
+
+    def find(self, needle: bytes, ahead: int = 0) -> int:
+        """How far ahead of the cursor `needle` begins, looked for from `ahead` on; -1 when it is not here."""
+        found = self._buffer.find(needle, self._at + ahead)
+        return found if found < 0 else found - self._at
 
     def skip(self, count: int) -> None:
         self.need(count)

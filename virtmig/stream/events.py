@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from virtmig.pages import PageBatch
 from virtmig.stream.wire import TARGET_PAGE_BYTES, Item, RamFlag
 
 Words = npt.NDArray[np.uint64]
+_ADDRESS = np.uint64(~(TARGET_PAGE_BYTES - 1) & 0xFFFF_FFFF_FFFF_FFFF)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,8 @@ class StreamHeader:
 @dataclass(frozen=True, slots=True)
 class Command:
     """A command with its raw payload; `value` is the number of a PING, `name` the block of RECV_BITMAP and DISCARD,
-    `ranges` the (start, length) pairs of a DISCARD in bytes.
+    `ranges` the (start, length) pairs of a DISCARD in bytes, `page_sizes` what ADVISE says: all blocks' host page sizes
+    ORed, and the target page size.
     """
 
     number: int
@@ -36,6 +39,7 @@ class Command:
     value: int | None = None
     name: str = ""
     ranges: tuple[tuple[int, int], ...] = ()
+    page_sizes: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +105,16 @@ class Pages:
 
     @property
     def offsets(self) -> Words:
-        return self.words & np.uint64(~(TARGET_PAGE_BYTES - 1) & 0xFFFF_FFFF_FFFF_FFFF)
+        """Bytes from the start of the block."""
+        return self.words & _ADDRESS
+
+    @property
+    def page_numbers(self) -> Words:
+        return self.words // np.uint64(TARGET_PAGE_BYTES)
+
+    def batch(self) -> PageBatch:
+        """The same pages for who places them; shares `data`."""
+        return PageBatch(self.block, self.page_numbers, self.data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +127,12 @@ class ZeroPages:
 
     @property
     def offsets(self) -> Words:
-        return self.words & np.uint64(~(TARGET_PAGE_BYTES - 1) & 0xFFFF_FFFF_FFFF_FFFF)
+        """Bytes from the start of the block."""
+        return self.words & _ADDRESS
+
+    @property
+    def page_numbers(self) -> Words:
+        return self.words // np.uint64(TARGET_PAGE_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,20 +198,34 @@ class DeviceSection:
 
 
 @dataclass(frozen=True, slots=True)
+class OpaqueDevices:
+    """All device sections of a stream that says nowhere where one of them ends (machine types up to 2.2): no footers
+    and no description.
+    """
+
+    data: bytes
+    begins_at: int
+
+
+@dataclass(frozen=True, slots=True)
 class EndOfStream:
     """EOF: no more sections."""
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """The JSON description behind EOF, as it came. `complete` is False when the stream ended inside it."""
+    """The JSON description behind EOF, as it came. The stream may end inside it, and even inside its length: `head` is
+    then what was there of it (else None). `disagreements` says which sections have another length than is described.
+    """
 
     text: bytes
     length: int
+    head: bytes | None = None
+    disagreements: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
-        return len(self.text) == self.length
+        return self.head is None and len(self.text) == self.length
 
 
 RamEvent = RamBlocks | Pages | ZeroPages | EncodedPage | MultifdFlush | EndOfRam | MappedList | MappedEntry | MappedArea
