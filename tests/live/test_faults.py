@@ -133,10 +133,7 @@ def test_a_thaw_during_the_last_questions_is_reported_as_a_doubled_guest(
 ) -> None:
     fresh = guest()
 
-    class Thawing(Witness):
-        pass
-
-    witness = Thawing(Once(full_lab.b.freeze_daemon))
+    witness = Witness(Once(full_lab.b.freeze_daemon))
     thaw = threading.Thread(
         target=lambda: (
             eventually(lambda: witness.on_sample.done, "the freeze"),

@@ -92,16 +92,14 @@ class RamBlocks:
 
 
 @dataclass(frozen=True, slots=True)
-class Pages:
-    """A run of PAGE records. `words` as on the wire (address | flags); only the first can name a block (`named`).
-
-    `block` is the block all of them belong to; `data` holds the pages one behind the other.
+class _Run:
+    """A run of records of one kind. `words` as on the wire (address | flags); only the first can name a block
+    (`named`); `block` is the block all of them belong to.
     """
 
     block: str
     named: bool
     words: Words
-    data: memoryview
 
     @property
     def offsets(self) -> Words:
@@ -111,6 +109,13 @@ class Pages:
     @property
     def page_numbers(self) -> Words:
         return self.words // np.uint64(TARGET_PAGE_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Pages(_Run):
+    """A run of PAGE records; `data` holds the pages one behind the other."""
+
+    data: memoryview
 
     def batch(self) -> PageBatch:
         """The same pages for who places them; shares `data`."""
@@ -118,21 +123,8 @@ class Pages:
 
 
 @dataclass(frozen=True, slots=True)
-class ZeroPages:
+class ZeroPages(_Run):
     """A run of ZERO records; the fill byte is always 0."""
-
-    block: str
-    named: bool
-    words: Words
-
-    @property
-    def offsets(self) -> Words:
-        """Bytes from the start of the block."""
-        return self.words & _ADDRESS
-
-    @property
-    def page_numbers(self) -> Words:
-        return self.words // np.uint64(TARGET_PAGE_BYTES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ most one copy can run. The price is downtime: the guest waits for the source's l
 from __future__ import annotations
 
 import logging
-import time
 
 import libvirt
 
@@ -34,7 +33,6 @@ class Fence:
         self.destination = destination
         self.start_guest = start_guest
         self.opened = False
-        self.opened_at: float | None = None
 
     def step(self) -> None:
         """Start the guest on the destination as soon as the source has said that it is gone there."""
@@ -81,7 +79,7 @@ class Fence:
                 raise VirtError("the destination does not know the domain")
             if domain.state(0)[0] == libvirt.VIR_DOMAIN_PAUSED:
                 domain.resume()
-            self.opened, self.opened_at = True, time.monotonic()
+            self.opened = True
 
     def _destroy_destination(self) -> None:
         with translated():
