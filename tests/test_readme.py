@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from virtmig.options import BY_NAME, SPELLINGS
+from virtmig.stream.lifecycle import POSTCOPY_INCOMING, TABLES, Side, mermaid
+from virtmig.stream.wire import Dialect
 from virtmig.verbs import VERB_BY_NAME
 
 TOP = Path(__file__).resolve().parents[1]
@@ -99,7 +101,7 @@ def test_the_shown_verbs_of_dev_exist() -> None:
     shown = set(re.findall(r"^\./dev (?:-\S+ )*(\w+)", README, re.MULTILINE))
     usage = subprocess.run([str(TOP / "dev"), "help"], capture_output=True, text=True, check=True).stdout
     assert len(shown) > 3
-    assert shown <= set(re.findall(r"^  (\w+) {2,}", usage, re.MULTILINE))
+    assert shown <= set(re.findall(r"^  (\w+) {1,}", usage, re.MULTILINE))
 
 
 def test_the_rows_of_the_option_table_are_the_tables_own() -> None:
@@ -133,3 +135,8 @@ def test_the_licence_is_named_alike_everywhere() -> None:
     assert "GNU LESSER GENERAL PUBLIC LICENSE" in text
     assert "Version 2.1, February 1999" in text
     assert "LGPL-2.1-or-later" in section("Licence")
+
+
+def test_the_pictures_of_states_are_those_of_the_tables() -> None:
+    drawn = re.findall(r"```mermaid\n(.*?)```", section("States of a migration"), re.DOTALL)
+    assert drawn == [mermaid(TABLES[Dialect.QEMU_11_1, Side.SOURCE]), mermaid(POSTCOPY_INCOMING)]

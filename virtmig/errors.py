@@ -9,6 +9,7 @@
         LocalProtocolError         we would have broken them
       ChannelError                 refused, closed, timed out, unidentified
       GuestMemoryError             unknown address, page out of range, userfaultfd not available
+      ImageError                   a folder is no image of a guest, a damaged one, or cannot be made
       DomainXmlError               missing element, guest ABI changed; .differences
       VirtError                    wraps libvirtError, keeps its .code and .domain
         ConnectionFailed           a libvirt connection could not be opened, or broke
@@ -103,6 +104,10 @@ class ChannelError(MigrationError):
 
 class GuestMemoryError(MigrationError):
     """An address outside the guest, a page out of range, or no userfaultfd on this host."""
+
+
+class ImageError(MigrationError):
+    """A folder is no image of a guest, or a damaged one, or cannot be made."""
 
 
 class DomainXmlError(MigrationError):

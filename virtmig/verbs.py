@@ -126,6 +126,59 @@ VERBS: tuple[Verb, ...] = (
         examples=(("virtmig migrate-compcache web01 --size 134217728", "128 MiB for xbzrle"),),
     ),
     Verb(
+        name="receive", help="be the destination of a QEMU's migration: keep the guest in a folder", ours=True,
+        description="Listen for one migration from a QEMU of any age (`migrate` in its monitor, or libvirt with a "
+        "migration URI) and keep the guest at rest in FOLDER: RAM, device state, sums. The source is told of success "
+        "only when all is on the disk; after any failure before, its guest runs on. Resume the source's guest "
+        "afterwards, and the folder is a checkpoint of it.",
+        options=(
+            Option(name="address", kind=Kind.STRING, help="where to listen: tcp:HOST:PORT or unix:PATH",
+                   positional=True, required=True),
+            Option(name="into", kind=Kind.STRING, help="the folder that is made", required=True),
+            Option(name="parallel-connections", kind=Kind.NUMBER, help="number of the source's multifd channels "
+                   "(nothing on the wire tells it)", minimum=1, maximum=255),
+            Option(name="stall-timeout", kind=Kind.NUMBER, help="a source that sends nothing for so long has failed "
+                   "(default 60)", unit="s", minimum=1, maximum=86_400),
+            Option(name="recover-timeout", kind=Kind.NUMBER, help="how long a broken postcopy waits for its source "
+                   "(default: until it is stopped)", unit="s", minimum=1, maximum=1_000_000),
+            _switch("json", "what happened, as JSON lines"),
+        ),
+        examples=(
+            ("virtmig receive tcp::4444 --into /srv/web01.image --parallel-connections 4",
+             "then, in the source's monitor: migrate tcp:HOST:4444"),
+        ),
+    ),
+    Verb(
+        name="send", help="be the source of a migration into a QEMU: restore a guest from a folder", ours=True,
+        description="Restore a guest that `virtmig receive` keeps into a QEMU that was started with -incoming defer "
+        "and told to listen. With --postcopy the guest runs at once and its pages come when it touches them.",
+        options=(
+            Option(name="folder", kind=Kind.STRING, help="the image", positional=True, required=True),
+            Option(name="address", kind=Kind.STRING, help="where QEMU listens: tcp:HOST:PORT or unix:PATH",
+                   positional=True, required=True),
+            Option(name="qemu", kind=Kind.CHOICE, help="version of the destination's QEMU (default 11.1)",
+                   choices=("7.2", "10.0", "11.1")),
+            _switch("postcopy", "run the guest at once (its QEMU needs postcopy-ram)"),
+            _switch("postcopy-preempt", "a channel of its own for the pages that the guest waits for"),
+            Option(name="parallel-connections", kind=Kind.NUMBER, help="number of multifd channels, as set at the QEMU",
+                   minimum=1, maximum=255),
+            Option(name="comp-methods", kind=Kind.CHOICE, help="compression of the multifd channels",
+                   choices=("zlib", "zstd")),
+            Option(name="bandwidth", kind=Kind.NUMBER, help="limit of what no fault waits for", unit="MiB/s", minimum=1,
+                   maximum=UNLIMITED_MIB_S),
+            _switch("recover", "go on with a postcopy that was interrupted"),
+            _switch("verify", "compare the image with its sums first"),
+            Option(name="stall-timeout", kind=Kind.NUMBER, help="a QEMU that takes nothing for so long has failed "
+                   "(default 60)", unit="s", minimum=1, maximum=86_400),
+            _switch("json", "what happened, as JSON lines"),
+        ),
+        examples=(
+            ("virtmig send /srv/web01.image tcp:127.0.0.1:4445 --postcopy", "the guest runs at once"),
+            ("virtmig send /srv/web01.image tcp:127.0.0.1:4446 --postcopy --recover",
+             "after a broken connection and migrate-recover"),
+        ),
+    ),
+    Verb(
         name="doctor", help="check whether the hosts are ready to migrate, and say how to fix what is not", ours=True,
         description="PASS, WARN and FAIL lines for this host and, when given, for the destination; each finding comes "
         "with the command that fixes it.",

@@ -1,4 +1,4 @@
-"""How fast the stream is read and written, against memcpy in the same run:  python tests/bench/stream.py
+"""How fast the stream is read and written, against memcpy in the same run:  ./dev bench stream
 
 A main stream of random pages (one named page, then CONTINUE records), and multifd packets (multifd_stream.py). The
 ratio is to copying the same bytes with numpy between two warm buffers. Passes alternate, the median counts.
@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
+from tests.bench import multifd_stream
 from virtmig.stream.decoder import QemuStreamDecoder
 from virtmig.stream.encoder import encode_events
 from virtmig.stream.events import EndOfRam, Pages, RamBlock, RamBlocks, SectionBegin, SectionFooter, StreamHeader
@@ -108,12 +107,7 @@ def measure(size_bytes: int, passes: int) -> dict[str, float]:
 
 def multifd(size_bytes: int, passes: int) -> dict[str, float]:
     """The contestants of multifd_stream.py, measured behind the main stream's."""
-    spec = importlib.util.spec_from_file_location("multifd_stream", Path(__file__).with_name("multifd_stream.py"))
-    if spec is None or spec.loader is None:
-        raise SystemExit("multifd_stream.py is not beside this file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return dict(module.measure(size_bytes, passes))
+    return multifd_stream.measure(size_bytes, passes)
 
 
 def main() -> None:

@@ -103,8 +103,12 @@ CASES = [
     ("virtmig early preempt of a 7.2",      setup(OURS, 1, preempt=True, early_preempt=True), [M], None, {"silent": True}, "preempt 0", "7.2 opens it right after main, and nothing is sent on it"),
     ("virtmig silence, preempt not early",  setup(OURS, 1, preempt=True),  [M],          None,     {"silent": True}, NO, "a late preempt channel comes after all multifd"),
     ("virtmig silence before main",         setup(OURS, 0, preempt=True, early_preempt=True), [], None, {"silent": True}, NO, "main is told by its magic"),
-    ("virtmig preempt last",                setup(OURS, 1, preempt=True),  [M, F0],      None,     {}, "preempt 0", "as 11.1: CH_POSTCOPY"),
-    ("virtmig preempt with data",           setup(OURS, preempt=True),     [M],          bytes(8), {}, NO,          "a record would begin with a page word; QEMU takes it, we do not guess"),
+    ("virtmig preempt last",                setup(OURS, 1, preempt=True),  [M, F0],      None,     {"silent": True}, "preempt 0", "as 11.1: CH_POSTCOPY"),
+    ("virtmig preempt last, unseen",        setup(OURS, 1, preempt=True),  [M, F0],      None,     {}, PEEK,        "a multifd channel too many would speak in a moment"),
+    ("virtmig preempt with data",           setup(OURS, preempt=True),     [M],          bytes(8), {}, "preempt 0", "as 11.1, which looks at nothing then: a page word"),
+    ("virtmig record before multifd",       setup(OURS, 1, preempt=True),  [M],          bytes(8), {}, NO,          "11.1: unknown channel magic: 0"),
+    ("virtmig multifd nobody announced",    setup(OURS, preempt=True),     [M],          MULTIFD,  {}, NO,          "11.1 takes it for preempt and fails at its first bytes"),
+    ("virtmig HTTP after main",             setup(OURS, preempt=True),     [M],          b"GET / ", {}, NO,         "11.1 takes it for preempt and fails at its first bytes"),
     ("virtmig agreed magic",                setup(OURS, 2, preempt=True, postcopy_magic=True), [M], POSTCOPY, {}, "preempt 0", "the upstream proposal: told at any time"),
     ("virtmig agreed magic, before main",   setup(OURS, 2, preempt=True, postcopy_magic=True), [],  POSTCOPY, {}, "preempt 0", "the upstream proposal: told at any time"),
     ("virtmig agreed, still silent",        setup(OURS, preempt=True, postcopy_magic=True), [M], None, {}, PEEK,    "with an agreement silence names nothing"),
@@ -145,7 +149,7 @@ def test_identify(case):
 
 def test_every_row_of_every_table_decides_something():
     """No row is dead: each is the first match of some possible situation (the last may only close its table)."""
-    sights = [None, QEVM, MULTIFD, POSTCOPY, RECOVERY, TLS]
+    sights = [None, QEVM, MULTIFD, POSTCOPY, RECOVERY, TLS, bytes(8)]
     presents = [[], [M], [F0], [F0, F1], [M, F0], [M, F0, F1], [M, P], [M, F0, F1, P], [M, F0, P]]
     for rule, rows in TABLES.items():
         hit = set()

@@ -5,6 +5,7 @@ QMP and the serial console are inherited socket pairs, so that a QEMU inside a c
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -107,6 +108,10 @@ class Qmp:
         return [e["data"]["status"] for e in self.events if e["event"] == "MIGRATION"]
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._reader.join()
+        self._file.close()
         self._connection.close()
 
     def _wait(self, done: Callable[[], bool], what: str, timeout_s: float) -> None:

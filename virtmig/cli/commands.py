@@ -170,3 +170,15 @@ def run_domjobabort(values: dict[str, Any], options: GlobalOptions) -> int:
     with _connected(options) as connection:
         verbs.abort_job(connection, values["domain"], postcopy=bool(values.get("postcopy")))
     return EXIT_DONE
+
+
+def run_receive(values: dict[str, Any], options: GlobalOptions) -> int:
+    from virtmig.cli.engine_commands import run_receive as run
+
+    return run(values, quiet=options.quiet)
+
+
+def run_send(values: dict[str, Any], options: GlobalOptions) -> int:
+    from virtmig.cli.engine_commands import run_send as run
+
+    return run(values, quiet=options.quiet)

@@ -6,15 +6,23 @@ import contextlib
 import signal
 from collections.abc import Iterator
 from types import FrameType
-
-from virtmig.migrate import StopRequest
+from typing import Protocol, TypeVar
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+class Askable(Protocol):
+    """Who can be asked to stop, from inside a signal handler."""
+
+    def ask(self, what: str, /) -> None: ...
+
+
+Asked = TypeVar("Asked", bound=Askable)
+
+
 @contextlib.contextmanager
-def stop_on_signals(stop: StopRequest) -> Iterator[StopRequest]:
-    """While inside, the three signals only append to `stop`; the handlers of before come back afterwards.
+def stop_on_signals(stop: Asked) -> Iterator[Asked]:
+    """While inside, the three signals only ask `stop`; the handlers of before come back afterwards.
 
     A signal that the parent set to be ignored (nohup) stays ignored.
     """

@@ -30,6 +30,8 @@ from virtmig.stream.wire import (
 )
 
 MAGIC_BYTES = 4
+#: a page word is offset | flags in 64 bits: with blocks of up to 256 TiB its first four bytes stay below this
+_RECORD_BELOW = 1 << 16
 
 
 class Role(enum.StrEnum):
@@ -217,6 +219,8 @@ def _facts(
         preempt,
         _sight(first, peekable, silent),
     }
+    if Fact.SAW_OTHER in facts and first is not None and int.from_bytes(first[:4], "big") < _RECORD_BELOW:
+        facts.add(Fact.SAW_RECORD)
     for fact, holds in (
         (Fact.PREEMPT_EARLY, expected.early_preempt),
         (Fact.POSTCOPY_OFF, not expected.postcopy),

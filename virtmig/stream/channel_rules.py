@@ -44,6 +44,7 @@ class Fact(enum.Enum):
     SAW_MULTIFD = enum.auto()
     SAW_POSTCOPY = enum.auto()
     SAW_COMMAND = enum.auto()  # what a recovery's main begins with
+    SAW_RECORD = enum.auto()  # beside SAW_OTHER: could be the page word that a preempt channel's record begins with
     SAW_OTHER = enum.auto()
 
 
@@ -155,11 +156,14 @@ ROWS_VIRTMIG: tuple[Row, ...] = (
     _row([F.MAIN_HERE, F.MULTIFD_COMPLETE, F.PREEMPT_HERE], V.REFUSE, "the preempt channel is here already", _EXTRA),
     _row([F.MAIN_HERE, F.MULTIFD_COMPLETE, F.PREEMPT_OFF],  V.REFUSE, "all channels are here already", _EXTRA),
     _row([F.SAW_COMMAND, F.MAIN_MISSING],            V.REFUSE,  "this begins without a header although nothing is paused", _NO_STREAM),
+    _row([F.SAW_RECORD, F.MAIN_HERE, F.MULTIFD_COMPLETE, F.PREEMPT_MISSING], V.PREEMPT, "a bare page record, and nothing but preempt is missing", "QEMU 11.1 " + _IOC + ": CH_POSTCOPY"),
     _row([F.SAW_OTHER],                              V.REFUSE,  "an unknown magic", _IOC + ": unknown channel magic"),
     _row([F.SAW_COMMAND],                            V.REFUSE,  "a second main stream, or a command where none belongs", _IOC + ": unknown channel magic"),
     _row([F.AGREED, F.MAIN_HERE, F.MULTIFD_COMPLETE, F.UNSEEN], V.PEEK,   "the postcopy magic was agreed on, so it must come first", "the upstream proposal of 2024, in no release"),
     _row([F.AGREED, F.MAIN_HERE, F.MULTIFD_COMPLETE, F.SILENT], V.REFUSE, "the postcopy magic was agreed on and does not come", "the upstream proposal of 2024, in no release"),
-    _row([F.MAIN_HERE, F.MULTIFD_COMPLETE],          V.PREEMPT, "main and all multifd are here: the next is preempt, which stays silent", "QEMU 11.1 " + _IOC + ": CH_POSTCOPY"),
+    _row([F.MAIN_HERE, F.MULTIFD_COMPLETE, F.UNSEEN], V.PEEK,   "preempt stays silent for a while, a channel that nobody expects speaks at once", "unlike QEMU 11.1 " + _IOC + ", which takes either"),
+    _row([F.MAIN_HERE, F.MULTIFD_COMPLETE, F.SILENT], V.PREEMPT, "main and all multifd are here, and it stays silent: preempt", "QEMU 11.1 " + _IOC + ": CH_POSTCOPY"),
+    _row([F.MAIN_HERE, F.MULTIFD_COMPLETE, F.UNPEEKABLE], V.PREEMPT, "main and all multifd are here: the next is preempt", "QEMU 11.1 " + _IOC + ": CH_POSTCOPY"),
     _row([F.UNPEEKABLE, F.MAIN_MISSING],             V.MAIN,    "it cannot be peeked, so the first is main", "QEMU 11.1 " + _IOC),
     _row([F.UNPEEKABLE],                             V.MULTIFD, "it cannot be peeked, main is here and multifd channels are awaited", "QEMU 11.1 " + _IOC),
     _row([F.UNSEEN],                                 V.PEEK,    "main, multifd or an early preempt channel: the first four bytes tell", "migration_channel_read_peek, without blocking"),

@@ -1,0 +1,65 @@
+"""Every test that asks for `emulator` runs with each QEMU that is at hand."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.emulators import emulators
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "emulator" in metafunc.fixturenames:
+        found = emulators()
+        if not found:
+            found = (pytest.param(None, marks=pytest.mark.skip("no qemu-system-x86_64")),)  # type: ignore[assignment]
+        metafunc.parametrize("emulator", found, ids=[getattr(each, "version_name", "none") for each in found])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """With more than one QEMU: what works with which, a line a scenario."""
+    versions = [each.version_name for each in emulators()]
+    if len(versions) < 2:
+        return
+    cells: dict[str, dict[str, str]] = {}
+    for outcome, sign in (("passed", "yes"), ("failed", "NO"), ("error", "NO")):
+        for report in terminalreporter.stats.get(outcome, []):
+            name = report.nodeid.partition("::")[2]
+            test, _, parameters = name.partition("[")
+            version, _, case = parameters.rstrip("]").partition("-")
+            if version in versions:
+                row = f"{test.removeprefix('test_').replace('_', ' ')}{f' ({case})' if case else ''}"
+                cells.setdefault(row, {})[version] = sign if cells.get(row, {}).get(version) != "NO" else "NO"
+    if cells:
+        terminalreporter.section("QEMU versions by scenarios")
+        width = max(map(len, cells))
+        terminalreporter.line(f"{'':{width}}  " + "  ".join(f"{version:>5}" for version in versions))
+        for row, by_version in sorted(cells.items()):
+            signs = "  ".join(f"{by_version.get(version, '-'):>5}" for version in versions)
+            terminalreporter.line(f"{row:{width}}  {signs}")
+
+
+def left_over() -> tuple[set[str], int, set[str]]:
+    """Threads, the number of open descriptors and mapped files of this process."""
+    descriptors = 0
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{entry}")
+        except OSError:
+            continue
+        descriptors += not target.startswith("/proc/")
+    mapped = {line.split(None, 5)[5] for line in Path("/proc/self/maps").read_text().splitlines() if "/ram-" in line}
+    return {thread.name for thread in threading.enumerate()}, descriptors, mapped
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """No thread, descriptor or mapping more than before."""
+    before = left_over()
+    yield
+    after = left_over()
+    assert after == before

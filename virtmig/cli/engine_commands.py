@@ -1,0 +1,130 @@
+"""`virtmig receive` and `virtmig send`: the engine's two ends, for a person or a script."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from virtmig.cli.signals import stop_on_signals
+from virtmig.engine.transport import STALL_S, Address, Listener, Stop
+from virtmig.errors import MigrationAborted, MigrationError
+from virtmig.progress import Whereabouts
+from virtmig.quantities import size_text
+
+_MIB = 1 << 20
+
+
+class _Asked:
+    """A signal stops what can be stopped safely; in a postcopy only a second one does, since it leaves a split guest."""
+
+    def __init__(self, stop: Stop) -> None:
+        self._stop = stop
+        self.split = lambda: False
+        self._warned = False
+
+    def ask(self, why: str) -> None:
+        if self.split() and not self._warned:
+            self._warned = True
+            print(
+                f"virtmig: {why}: the guest is between two places; once more, and it stays there until it is recovered",
+                file=sys.stderr,
+            )
+            return
+        guest = Whereabouts.SPLIT if self.split() else Whereabouts.SOURCE
+        self._stop.request(MigrationAborted(f"stopped by {why}", guest=guest))
+
+
+class _Say:
+    """Lines for a person on stderr, or JSON lines on stdout."""
+
+    def __init__(self, *, json: bool, quiet: bool) -> None:
+        self._json = json
+        self._quiet = quiet
+
+    def event(self, name: str, words: str, **facts: object) -> None:
+        if self._json:
+            print(msgspec.json.encode({"event": name, **facts}).decode(), flush=True)
+        elif not self._quiet:
+            print(words, file=sys.stderr, flush=True)
+
+
+def run_receive(values: dict[str, Any], *, quiet: bool) -> int:
+    """Exit status 0 when the image is whole and the source knows."""
+    from virtmig.engine.incoming import Incoming
+    from virtmig.engine.landing import ImageLanding
+
+    say = _Say(json=bool(values.get("json")), quiet=quiet)
+    address = Address.parse(str(values["address"]))
+    folder = Path(str(values["into"]))
+    stop = Stop()
+    landing = ImageLanding(folder)
+    try:
+        listener = Listener(address, stop)
+    except MigrationError:
+        landing.abandon()
+        raise
+    asked = _Asked(stop)
+    try:
+        incoming = Incoming(
+            listener,
+            landing,
+            stop,
+            multifd_channels=int(values.get("parallel-connections") or 0),
+            stall_s=float(values.get("stall-timeout") or STALL_S),
+            recover_s=float(values["recover-timeout"]) if values.get("recover-timeout") else None,
+        )
+        asked.split = lambda: incoming.loading.split
+        say.event("listening", f"listening on {listener.address}", address=str(listener.address))
+        with stop_on_signals(asked):
+            received = incoming.run()
+    except MigrationError as error:
+        if error.guest is Whereabouts.SPLIT:
+            error.hint = error.hint or f"what came is kept in '{landing.writer.partial}'; the source has all pages"
+        say.event("failed", "", message=str(error), guest=str(error.guest))
+        raise
+    finally:
+        listener.close()
+    say.event(
+        "received",
+        f"the guest is at rest in {folder}: {size_text(received.bytes_received)} over {len(received.channels)} "
+        f"channel{'s' if len(received.channels) > 1 else ''} in {received.elapsed_s:.1f} s; its source stands still and "
+        "may be resumed",
+        folder=str(folder),
+        **{name: getattr(received, name) for name in received.__slots__},
+    )
+    return 0
+
+
+def run_send(values: dict[str, Any], *, quiet: bool) -> int:
+    """Exit status 0 when the QEMU has confirmed the whole guest."""
+    from virtmig.engine.image import Image
+    from virtmig.engine.outgoing import SendSettings, send_image
+    from virtmig.stream.wire import Dialect
+
+    say = _Say(json=bool(values.get("json")), quiet=quiet)
+    address = Address.parse(str(values["address"]))
+    folder = Path(str(values["folder"]))
+    bandwidth = values.get("bandwidth")
+    settings = SendSettings(
+        postcopy=bool(values.get("postcopy")) or bool(values.get("recover")),
+        preempt=bool(values.get("postcopy-preempt")),
+        multifd_channels=int(values.get("parallel-connections") or 0),
+        compression=str(values.get("comp-methods") or "none"),
+        destination=Dialect(str(values.get("qemu") or Dialect.QEMU_11_1)),
+        recover=bool(values.get("recover")),
+        bandwidth_bytes_per_s=int(bandwidth) * _MIB if bandwidth else None,
+        stall_s=float(values.get("stall-timeout") or STALL_S),
+    )
+    stop = Stop()
+    asked = _Asked(stop)
+    with Image(folder) as image:
+        if values.get("verify"):
+            image.verify()
+        with stop_on_signals(asked):
+            result = send_image(image, address, settings, stop)
+    say.event("sent", f"the guest of {folder} is at {address}", folder=str(folder), address=str(address),
+              result=msgspec.to_builtins(result))  # fmt: skip
+    return 0

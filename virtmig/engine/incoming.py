@@ -1,0 +1,386 @@
+"""Be the destination of a migration: of a QEMU of any age, or of another engine.
+
+    listener -> [accept] -> one thread a channel: [main] [multifd 0] ... [preempt] -> Loading -> Landing
+
+The source's guest stays stopped from the end of its stream until SHUT 0, which is written when the landing has
+everything for good; every failure before lets it run on. After a postcopy's RUN nobody may go back: a broken
+connection is then a pause, and the listener waits for the source to come again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from dataclasses import dataclass
+
+from virtmig.engine.channels import Arrivals
+from virtmig.engine.landing import Landing
+from virtmig.engine.loading import Epochs, Loading
+from virtmig.engine.transport import STALL_S, Connection, Listener, Stop
+from virtmig.errors import ChannelError, MigrationError, RemoteProtocolError
+from virtmig.progress import Whereabouts
+from virtmig.stream.channel import Expected, Identity, Role
+from virtmig.stream.channel_rules import Rule
+from virtmig.stream.decoder import PreemptDecoder, QemuStreamDecoder
+from virtmig.stream.events import EndOfRam, Pages, ZeroPages
+from virtmig.stream.multifd import DeviceState, MultifdDecoder, MultifdHello, MultifdPacket
+from virtmig.stream.ram import RamReader
+from virtmig.stream.return_path import PageRequester, ReturnPathEvent, Shut, encode_return_path
+
+#: one read of the main channel
+_READ_BYTES = 1 << 20
+#: how long the source may take to close its channels after SHUT 0, and to begin the description after EOF
+LINGER_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """What came. `elapsed_s` counts from the first connection; `commit_s` is how long the source waited for SHUT 0."""
+
+    pages_normal: int
+    pages_zero: int
+    pages_twice: int
+    bytes_received: int
+    elapsed_s: float
+    commit_s: float
+    postcopy: bool
+    recoveries: int
+    channels: tuple[str, ...]
+
+
+class Incoming:
+    """One migration into one landing. `run` blocks until the guest is here, or raises; `stop` ends it from outside.
+
+    `multifd_channels` must be what the source was told, as nothing on the wire says it. `compression` None: whatever
+    the first packet uses. `recover_s`: how long a paused postcopy waits for its source, None for as long as it takes.
+    """
+
+    def __init__(
+        self,
+        listener: Listener,
+        landing: Landing,
+        stop: Stop,
+        *,
+        multifd_channels: int = 0,
+        compression: str | None = None,
+        stall_s: float = STALL_S,
+        recover_s: float | None = None,
+    ) -> None:
+        self._landing = landing
+        self._outer = stop
+        self._stop = Stop()
+        self._forget = stop.on_request(lambda: self._stop.request(stop.error))
+        self._stall_s = stall_s
+        self._recover_s = recover_s
+        self._multifd_channels = multifd_channels
+        self._compression = compression
+        self._epochs = Epochs(multifd_channels, self._stop) if multifd_channels else None
+        self.loading = Loading(landing, self._answer, self._epochs)
+        expected = Expected(
+            Rule.VIRTMIG, multifd_channels=multifd_channels, postcopy=True, preempt=True, early_preempt=True
+        )
+        self._arrivals = Arrivals(listener, expected, self._stop, self._arrived)
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._forget_wake = self._stop.on_request(self._wake)
+        self._threads: list[threading.Thread] = []
+        self._connections: dict[str, Connection] = {}
+        self._bytes = 0
+        self._channels: list[str] = []
+        self._ram: RamReader | None = None
+        self._uuid: bytes | None = None
+        self._first: float | None = None
+        self._commit_s = 0.0
+        self._done = False
+        self._paused_since: float | None = None
+        self._recoveries = 0
+        self._writing = threading.Lock()
+        self._requester = PageRequester()
+        self._crash: BaseException | None = None
+
+    # -- for the caller ----------------------------------------------------------------------------------------------
+
+    def run(self) -> Received:
+        """Blocks. Raises MigrationError whose `guest` says where the guest is; threads and sockets are gone then."""
+        self._arrivals.start()
+        try:
+            with self._changed:
+                while not self._done and not self._stop.requested.is_set():
+                    self._changed.wait(self._patience())
+                    self._judge_pause()
+        finally:
+            if not self._done:
+                self._stop.request()
+            self._end()
+        if self._crash is not None:
+            self._landing.abandon()
+            raise self._crash
+        if not self._done:
+            raise self._failure()
+        began = self._first or time.monotonic()
+        loading = self.loading
+        return Received(
+            loading.pages_normal, loading.pages_zero, loading.pages_twice, self._bytes, time.monotonic() - began,
+            self._commit_s, loading.split, self._recoveries, tuple(self._channels),
+        )  # fmt: skip
+
+    def request(self, block: str, start_bytes: int, length_bytes: int) -> None:
+        """Ask the source for pages first; without effect while the connection is broken."""
+        with self._writing:
+            main = self._connections.get("main")
+            if main is not None and self.loading.split:
+                with contextlib.suppress(MigrationError):
+                    main.send(self._requester.request(block, start_bytes, length_bytes))
+
+    @property
+    def paused(self) -> bool:
+        """A broken postcopy waits for its source."""
+        return self._paused_since is not None
+
+    # -- connections -------------------------------------------------------------------------------------------------
+
+    def _arrived(self, identity: Identity, sock: socket.socket) -> None:
+        """In the thread "accept"."""
+        name = identity.role.value if identity.role is not Role.MULTIFD else f"multifd {identity.index}"
+        quiet = identity.role is not Role.MAIN
+        connection = Connection(sock, self._stop, name=name, stall_s=None if quiet else self._stall_s)
+        work = {Role.MAIN: self._main, Role.MULTIFD: self._multifd, Role.PREEMPT: self._preempt}[identity.role]
+        with self._lock:
+            self._first = self._first or time.monotonic()
+            old = self._connections.get(name)
+            if old is not None:
+                old.close()
+            self._connections[name] = connection
+            self._channels.append(name)
+            thread = threading.Thread(target=self._guarded, args=(work, connection, identity), name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _guarded(self, work: object, connection: Connection, identity: Identity) -> None:
+        try:
+            work(connection, identity)  # type: ignore[operator]
+        except MigrationError as error:
+            if identity.role is Role.PREEMPT and not self.loading.split:
+                connection.shutdown()  # nothing is sent there before LISTEN: a stranger
+                self._arrivals.forget(identity)
+            else:
+                self._broken(error, connection, identity.role)
+        except BaseException as error:  # a defect of ours: it must not leave the others waiting
+            self._crash = error
+            self._stop.request(MigrationError(f"{connection.name}: {type(error).__name__}: {error}"))
+        finally:
+            with self._lock:
+                self._bytes += connection.bytes_received
+                connection.bytes_received = 0
+
+    def _broken(self, error: MigrationError, connection: Connection, role: Role) -> None:
+        with self._changed:
+            if self._done or self._stop.requested.is_set():
+                return
+            if self._connections.get(connection.name) is not connection:
+                return  # of a connection that was replaced
+            if (
+                self.loading.split
+                and role is not Role.MULTIFD
+                and isinstance(error, ChannelError | RemoteProtocolError)
+            ):
+                self._pause()
+                return
+        if not self.loading.split and self.loading.return_path and not isinstance(error, ChannelError):
+            with contextlib.suppress(MigrationError):
+                self._answer(Shut(1))  # the source resumes its guest at once instead of at a timeout
+        self._stop.request(error)
+
+    def _pause(self) -> None:
+        """With the lock held: every connection of the broken postcopy goes, and the source may come again."""
+        if self._paused_since is not None:
+            return
+        self._paused_since = time.monotonic()
+        for connection in list(self._connections.values()):
+            connection.shutdown()
+        self._requester.forget()
+        self._arrivals.recover()
+        self._changed.notify_all()
+
+    def _patience(self) -> float | None:
+        if self._paused_since is None or self._recover_s is None:
+            return None
+        return max(0.01, self._paused_since + self._recover_s - time.monotonic())
+
+    def _judge_pause(self) -> None:
+        if self._paused_since is None or self._recover_s is None:
+            return
+        if time.monotonic() >= self._paused_since + self._recover_s:
+            self._stop.request(ChannelError(f"the source did not come again within {self._recover_s:g} s"))
+
+    # -- the channels' threads -----------------------------------------------------------------------------------------
+
+    def _main(self, connection: Connection, identity: Identity) -> None:
+        recovering = self._paused_since is not None
+        decoder = QemuStreamDecoder(recovery=recovering, ram=self._ram if recovering else None)
+        self._ram = decoder.ram
+        if recovering:
+            with self._changed:
+                self._paused_since = None
+                self._recoveries += 1
+        buffer = memoryview(bytearray(_READ_BYTES))
+        loading = self.loading
+        while not loading.over:
+            count = self._read_main(connection, buffer)
+            if count:
+                decoder.feed(buffer[:count])
+            else:
+                decoder.end()
+            for event in decoder.events():
+                loading.take(event)
+            loading.footers = decoder.footers is not False
+            if not count and not loading.over:
+                if not loading.ended:
+                    raise ChannelError("main: the source closed the connection before the end of the stream")
+                loading.over = True
+        self._commit(connection)
+
+    def _read_main(self, connection: Connection, buffer: memoryview) -> int:
+        if not self.loading.ended:
+            return connection.recv_into(buffer)
+        connection.stall_after(LINGER_S)
+        try:
+            return connection.recv_into(buffer)
+        except ChannelError:
+            self._stop.check()
+            self.loading.over = True  # a machine with suppress-vmdesc says nothing behind EOF, and waits for SHUT
+            return 0
+
+    def _commit(self, connection: Connection) -> None:
+        loading = self.loading
+        if loading.missing_pages():
+            raise RemoteProtocolError(
+                f"the stream ended and pages are missing: {loading.missing_words()}", channel="main"
+            )
+        began = time.monotonic()
+        facts: dict[str, str | int] = {
+            "transfer": "postcopy" if loading.split else "precopy",
+            "multifd_channels": self._multifd_channels,
+            "footers": int(loading.footers),
+            "ram_section_id": loading.ram_section_id,
+            "uuid": self._uuid.hex() if self._uuid is not None and any(self._uuid) else "",
+        }
+        self._landing.commit(loading.header, loading.sections, loading.description, facts)
+        with self._changed:
+            self._done = True
+        self._commit_s = time.monotonic() - began
+        if loading.return_path:
+            with contextlib.suppress(MigrationError):
+                self._answer(Shut(0))
+        connection.stall_after(LINGER_S)
+        with contextlib.suppress(MigrationError):
+            while connection.recv_into(memoryview(bytearray(4096))):
+                pass
+        with self._changed:
+            self._changed.notify_all()
+
+    def _multifd(self, connection: Connection, identity: Identity) -> None:
+        assert self._epochs is not None
+        decoder = MultifdDecoder(
+            method=self._compression, channel=connection.name, channels=self._multifd_channels, uuid=self._uuid
+        )
+        channel_id = identity.index
+        ended = False
+        while not ended:
+            count = connection.recv_into(decoder.room())
+            if count:
+                decoder.filled(count)
+            else:
+                decoder.end()
+                ended = True
+            if self.loading.lengths and decoder.blocks is None:
+                decoder.blocks = self.loading.lengths
+            for event in decoder.events():
+                match event:
+                    case MultifdHello():
+                        channel_id = event.channel_id
+                        self._hello(event, connection)
+                    case MultifdPacket():
+                        self.loading.packet(event)
+                        if event.is_sync:
+                            self._epochs.sync(channel_id)
+                    case DeviceState():
+                        raise RemoteProtocolError(
+                            f"device state of '{event.idstr}' on a multifd channel: it cannot be kept in an image",
+                            channel=connection.name, offset=event.offset,
+                            hint="turn off x-migration-multifd-transfer of the source's VFIO devices",
+                        )  # fmt: skip
+        if not self._done and not self.loading.split:
+            self._epochs.end(channel_id)
+
+    def _hello(self, hello: MultifdHello, connection: Connection) -> None:
+        with self._lock:
+            if self._uuid is None:
+                self._uuid = hello.uuid
+            elif self._uuid != hello.uuid:
+                raise RemoteProtocolError("the channel belongs to another guest", channel=connection.name, offset=8)
+
+    def _preempt(self, connection: Connection, identity: Identity) -> None:
+        decoder: PreemptDecoder | None = None
+        buffer = memoryview(bytearray(_READ_BYTES // 4))
+        while count := connection.recv_into(buffer):
+            if decoder is None:
+                decoder = PreemptDecoder(main=self._ram)
+            decoder.feed(buffer[:count])
+            for event in decoder.events():
+                match event:
+                    case Pages():
+                        self.loading.place(event.block, event.page_numbers, event.data)
+                    case ZeroPages():
+                        self.loading.zero(event.block, event.page_numbers)
+                    case EndOfRam():
+                        return
+                    case _:
+                        raise RemoteProtocolError(f"{type(event).__name__} on the preempt channel", channel="preempt")
+        if decoder is not None:
+            decoder.end()
+            for _ in decoder.events():
+                pass
+        # its end says nothing: a source closes it when all is sent, and a broken postcopy shows on main
+
+    # -- ends ----------------------------------------------------------------------------------------------------------
+
+    def _answer(self, event: ReturnPathEvent) -> None:
+        if not self.loading.return_path:
+            return
+        with self._writing:
+            main = self._connections.get("main")
+            if main is not None:
+                main.send(encode_return_path(event))
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _end(self) -> None:
+        """Every thread is joined, every socket closed; nothing of it survives `run`."""
+        self._arrivals.close()
+        for connection in list(self._connections.values()):
+            connection.shutdown()
+        for thread in self._threads:
+            thread.join()
+        for connection in self._connections.values():
+            connection.close()
+        if self._epochs is not None:
+            self._epochs.close()
+        self._forget_wake()
+        self._forget()
+
+    def _failure(self) -> MigrationError:
+        error = self._stop.error or ChannelError("the migration ended without a word")
+        if self.loading.split:
+            # what came stays: the source cannot take the guest back, and will send again what is missing
+            error.guest = Whereabouts.SPLIT
+            return error
+        self._landing.abandon()
+        error.guest = Whereabouts.SOURCE
+        if self._arrivals.refused and not error.hint:
+            error.hint = f"turned away: {self._arrivals.refused[-1]}"
+        return error

@@ -1,0 +1,119 @@
+"""Where a guest lands: what a destination does with RAM, device state, success and failure.
+
+    begin -> place, zero ... [devices_loaded -> run] -> commit        or abandon, at any time before commit
+
+ImageLanding keeps it at rest in a folder; a process guest lands in its own memory (process_landing.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from virtmig.engine.image import ImageWriter, Manifest, new_manifest
+from virtmig.engine.memory import Bytes, GuestMemory
+from virtmig.errors import GuestMemoryError
+from virtmig.pages import PageNumbers
+from virtmig.stream.events import DeviceSection, StreamHeader
+
+
+class Landing(Protocol):
+    """`place` and `zero` come from several threads, never twice for one page at a time."""
+
+    def begin(self, blocks: Mapping[str, int], page_sizes: Mapping[str, int]) -> None:
+        """The guest's RAM blocks: name -> bytes; `page_sizes` only for huge ones."""
+
+    def place(self, block: str, pages: PageNumbers, data: memoryview) -> None: ...
+
+    def zero(self, block: str, pages: PageNumbers) -> None: ...
+
+    def read(self, block: str, page: int) -> memoryview:
+        """One page as it is here now, for xbzrle."""
+
+    def discard(self, block: str, start_bytes: int, length_bytes: int) -> None:
+        """These pages will come again."""
+
+    def devices_loaded(self, header: StreamHeader, sections: Sequence[DeviceSection]) -> None:
+        """The device state of a postcopy is here and must be safe when this returns; the source may not go back."""
+
+    def run(self) -> None:
+        """Postcopy: the guest may run from now on, with pages still missing."""
+
+    def commit(
+        self,
+        header: StreamHeader,
+        sections: Sequence[DeviceSection],
+        description: bytes,
+        facts: Mapping[str, str | int],
+    ) -> None:
+        """All is here. When this returns, the source is told so and will not go back."""
+
+    def abandon(self) -> None:
+        """It failed before commit: leave nothing behind. Safe after commit, and twice."""
+
+
+class ImageLanding:
+    """An image in a folder that does not exist yet."""
+
+    def __init__(self, folder: Path) -> None:
+        self.writer = ImageWriter(folder)
+        self.manifest: Manifest | None = None
+        self._devices_saved = False
+
+    @property
+    def memory(self) -> GuestMemory:
+        if self.writer.memory is None:
+            raise GuestMemoryError("pages before the list of RAM blocks")
+        return self.writer.memory
+
+    def begin(self, blocks: Mapping[str, int], page_sizes: Mapping[str, int]) -> None:
+        self.writer.create_memory(blocks, page_sizes)
+
+    def place(self, block: str, pages: PageNumbers, data: memoryview) -> None:
+        self.memory.place(block, pages, data)
+
+    def zero(self, block: str, pages: PageNumbers) -> None:
+        self.memory.zero(block, pages)
+
+    def read(self, block: str, page: int) -> memoryview:
+        found = self.memory.block(block)
+        if page >= len(found.pages):
+            raise GuestMemoryError(f"page {page} of '{block}', which has {len(found.pages)}")
+        row: Bytes = found.pages[page]
+        return row.data
+
+    def discard(self, block: str, start_bytes: int, length_bytes: int) -> None:
+        """What is there is overwritten when the page comes; nothing runs that could read it before."""
+
+    def devices_loaded(self, header: StreamHeader, sections: Sequence[DeviceSection]) -> None:
+        self.writer.save_devices(sections)
+        self._devices_saved = True
+
+    def run(self) -> None:
+        """Nothing runs: it is at rest."""
+
+    def commit(
+        self,
+        header: StreamHeader,
+        sections: Sequence[DeviceSection],
+        description: bytes,
+        facts: Mapping[str, str | int],
+    ) -> None:
+        if not self._devices_saved:
+            self.writer.save_devices(sections)
+        details = dict(facts)
+        manifest = new_manifest(
+            header,
+            sections,
+            description=description,
+            uuid=str(details.pop("uuid", "")),
+            footers=bool(details.pop("footers", 1)),
+            ram_section_id=int(details.pop("ram_section_id", 1)),
+            origin=details,
+        )
+        self.manifest = self.writer.commit(manifest, description)
+
+    def abandon(self) -> None:
+        if self.manifest is None:
+            self.writer.abandon()

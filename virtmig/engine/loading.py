@@ -1,0 +1,315 @@
+"""What a main stream's events mean to a destination: RAM placed, commands answered, device state kept (savevm.c).
+
+Loading owns the guest that arrives, not the sockets: incoming.py feeds it events from its threads and writes what it
+answers. Main's events come from one thread, those of multifd and preempt channels from their own.
+"""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from virtmig.engine.landing import Landing
+from virtmig.engine.transport import Stop
+from virtmig.errors import GuestMemoryError, RemoteProtocolError
+from virtmig.pages import PAGE_BYTES, PageNumbers
+from virtmig.stream.events import (
+    Command,
+    Description,
+    DeviceSection,
+    EncodedPage,
+    EndOfRam,
+    EndOfStream,
+    MultifdFlush,
+    OpaqueDevices,
+    Package,
+    Pages,
+    RamBlocks,
+    SectionBegin,
+    SectionFooter,
+    StreamHeader,
+    ZeroPages,
+)
+from virtmig.stream.multifd import MultifdEpochs, MultifdPacket
+from virtmig.stream.return_path import Pong, ReceivedBitmap, ResumeAck, ReturnPathEvent
+from virtmig.stream.wire import Command as Number
+from virtmig.stream.wire import Item
+from virtmig.stream.xbzrle import decode_xbzrle
+
+#: all blocks together; a list that says more is not from a guest
+LARGEST_RAM_BYTES = 64 << 40
+_MASK = np.uint64(PAGE_BYTES)
+
+Answer = Callable[[ReturnPathEvent], None]
+
+
+class Epochs:
+    """Multifd syncs and main's markers meet here: who came first waits (multifd_recv_sync_main, sem_sync)."""
+
+    def __init__(self, channels: int, stop: Stop) -> None:
+        self._epochs = MultifdEpochs(channels)
+        self._changed = threading.Condition()
+        self._stop = stop
+        self._syncs = [0] * channels
+        self._markers = 0
+        self._forget = stop.on_request(self._wake)
+
+    def sync(self, channel_id: int) -> None:
+        """Called by a channel's thread; returns when main has its marker and all channels are as far."""
+        with self._changed:
+            self._epochs.sync(channel_id)
+            self._syncs[channel_id] += 1
+            self._wait(self._syncs[channel_id])
+
+    def marker(self) -> None:
+        """Called by main's thread; returns when every channel has delivered its sync."""
+        with self._changed:
+            self._epochs.marker()
+            self._markers += 1
+            self._wait(self._markers)
+
+    def end(self, channel_id: int) -> None:
+        with self._changed:
+            try:
+                self._epochs.end(channel_id)
+            finally:
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        self._forget()
+
+    def _wait(self, number: int) -> None:
+        self._changed.notify_all()
+        while self._epochs.completed < number:
+            self._stop.check()
+            self._changed.wait()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+
+class Loading:
+    """One guest on its way in.
+
+    `answer` writes a return path message. `over` is True when everything that is to come has come. `split` is True from
+    the moment on that the source may not take the guest back.
+    """
+
+    def __init__(self, landing: Landing, answer: Answer, epochs: Epochs | None) -> None:
+        self.landing = landing
+        self.header = StreamHeader(3, None)
+        self.sections: list[DeviceSection] = []
+        self.description = b""
+        self.lengths: dict[str, int] = {}
+        self.footers = True
+        self.ram_section_id = 1
+        self.return_path = False
+        self.postcopy = False  # advised
+        self.split = False
+        self.ended = False  # EOF was read
+        self.over = False
+        self.pages_normal = 0
+        self.pages_zero = 0
+        self.pages_twice = 0
+        self._answer = answer
+        self._epochs = epochs
+        #: with multifd: whether every EOS is a marker (7.2, machine types up to 8.0); None until the first section ends
+        self._marker_is_eos: bool | None = None
+        self._awaited: dict[str, npt.NDArray[np.bool_]] = {}
+        self._counting = threading.Lock()
+
+    # -- main ------------------------------------------------------------------------------------------------------
+
+    def take(self, event: object) -> None:
+        """One event of main. Raises MigrationError."""
+        match event:
+            case Pages():
+                self.place(event.block, event.page_numbers, event.data)
+            case ZeroPages():
+                self.zero(event.block, event.page_numbers)
+            case SectionFooter() | SectionBegin():
+                if isinstance(event, SectionBegin) and event.kind == Item.SECTION_START:
+                    self.ram_section_id = event.section_id
+            case EndOfRam():
+                self._end_of_ram()
+            case MultifdFlush():
+                self._marker_is_eos = False
+                self._marker()
+            case DeviceSection():
+                self.sections.append(event)
+            case Command():
+                self._command(event)
+            case Package():
+                self._package(event)
+            case RamBlocks():
+                self._blocks(event)
+            case EncodedPage():
+                self._encoded(event)
+            case StreamHeader():
+                self.header = event
+            case EndOfStream():
+                self.ended = True
+                self.over = self.split
+            case Description():
+                self.description = event.text if event.complete else b""
+                self.over = True
+            case OpaqueDevices():
+                raise RemoteProtocolError(
+                    "device sections whose ends nobody told", channel="main", offset=event.begins_at,
+                    hint="machine types up to 2.2 cannot be kept in an image",
+                )  # fmt: skip
+            case _:
+                raise RemoteProtocolError(f"{type(event).__name__} does not belong into a migration", channel="main")
+
+    def missing_pages(self) -> int:
+        """Pages that the source promised to send after the switch to postcopy, and that are not here."""
+        return sum(int(np.count_nonzero(bits)) for bits in self._awaited.values())
+
+    def missing_words(self) -> str:
+        """Which pages are missing, for a person."""
+        found = [
+            f"{int(np.count_nonzero(bits))} of '{name}' from page {int(bits.argmax())} on"
+            for name, bits in self._awaited.items()
+            if bits.any()
+        ]
+        return ", ".join(found)
+
+    # -- pages, from any channel -------------------------------------------------------------------------------------
+
+    def place(self, block: str, pages: PageNumbers, data: memoryview) -> None:
+        if self.split:
+            self._place_once(block, pages, data)
+            return
+        self.landing.place(block, pages, data)
+        self.pages_normal += len(pages)
+
+    def zero(self, block: str, pages: PageNumbers) -> None:
+        if self.split:
+            fresh = self._claim(block, pages)
+            pages = pages[fresh]
+        self.landing.zero(block, pages)
+        self.pages_zero += len(pages)
+
+    def packet(self, packet: MultifdPacket) -> None:
+        """A multifd packet's pages."""
+        if not packet.normal_count and not packet.zero_count:
+            return
+        if not self.lengths:
+            raise RemoteProtocolError("pages before the list of RAM blocks", channel="multifd", offset=packet.offset)
+        if packet.normal_count:
+            self.landing.place(packet.block, packet.normal_offsets // _MASK, packet.data)
+        if packet.zero_count:
+            self.landing.zero(packet.block, packet.zero_offsets // _MASK)
+        with self._counting:
+            self.pages_normal += packet.normal_count
+            self.pages_zero += packet.zero_count
+
+    def _place_once(self, block: str, pages: PageNumbers, data: memoryview) -> None:
+        fresh = self._claim(block, pages)
+        if fresh.all():
+            self.landing.place(block, pages, data)
+        elif fresh.any():
+            rows = np.frombuffer(data, np.uint8).reshape(-1, PAGE_BYTES)[fresh]
+            self.landing.place(block, pages[fresh], rows.reshape(-1).data)
+        with self._counting:
+            self.pages_normal += int(np.count_nonzero(fresh))
+
+    def _claim(self, block: str, pages: PageNumbers) -> npt.NDArray[np.bool_]:
+        """Which of the pages were still awaited; they are not any more. A page comes on one channel only."""
+        with self._counting:
+            bits = self._awaited[block]
+            fresh = bits[pages]
+            bits[pages] = False
+            self.pages_twice += len(pages) - int(np.count_nonzero(fresh))
+        return fresh
+
+    # -- the parts -------------------------------------------------------------------------------------------------
+
+    def _end_of_ram(self) -> None:
+        if self._epochs is None or self.split:
+            return
+        if self._marker_is_eos is None:
+            self._marker_is_eos = True  # START ended without MULTIFD_FLUSH: each section ends with a sync
+        if self._marker_is_eos:
+            self._marker()
+
+    def _marker(self) -> None:
+        if self._epochs is None:
+            raise RemoteProtocolError(
+                "the source uses multifd, which was not expected", channel="main",
+                hint="give the number of the source's multifd channels with --parallel-connections",
+            )  # fmt: skip
+        self._epochs.marker()
+
+    def _blocks(self, event: RamBlocks) -> None:
+        shared = [block.name for block in event.blocks if block.address is not None]
+        if shared:
+            raise GuestMemoryError(
+                f"the source leaves out shared memory ({', '.join(shared)}): its contents never come",
+                hint="turn the source's capability x-ignore-shared off",
+            )
+        if event.total_bytes > LARGEST_RAM_BYTES:
+            raise RemoteProtocolError(f"a guest of {event.total_bytes} bytes of RAM", channel="main")
+        lengths = {block.name: block.used_length for block in event.blocks}
+        sizes = {b.name: b.page_size_bytes for b in event.blocks if b.page_size_bytes is not None}
+        self.landing.begin(lengths, sizes)
+        self._awaited = {name: np.zeros(length // PAGE_BYTES, np.bool_) for name, length in lengths.items()}
+        self.lengths = lengths
+
+    def _encoded(self, event: EncodedPage) -> None:
+        page = event.offset // PAGE_BYTES
+        if event.xbzrle:
+            content = decode_xbzrle(event.data, bytes(self.landing.read(event.block, page)))
+        else:
+            inflater = zlib.decompressobj()
+            try:
+                content = inflater.decompress(event.data, PAGE_BYTES + 1)
+            except zlib.error as error:
+                raise RemoteProtocolError(f"a compressed page that is none: {error}", channel="main") from None
+            if len(content) != PAGE_BYTES:
+                raise RemoteProtocolError(f"a compressed page of {len(content)} bytes", channel="main")
+        self.place(event.block, np.array([page], np.uint64), memoryview(content))
+
+    def _command(self, event: Command) -> None:
+        number = Number(event.number)
+        if number is Number.OPEN_RETURN_PATH:
+            self.return_path = True
+        elif number is Number.PING:
+            self._answer(Pong(event.value or 0))
+        elif number is Number.POSTCOPY_ADVISE:
+            self.postcopy = event.page_sizes is not None
+        elif number is Number.POSTCOPY_RAM_DISCARD:
+            self._discard(event)
+        elif number is Number.POSTCOPY_LISTEN:
+            self.split = True
+        elif number is Number.POSTCOPY_RUN:
+            self.landing.run()
+        elif number is Number.RECV_BITMAP:
+            packed = np.packbits(~self._awaited[event.name], bitorder="little").tobytes()
+            self._answer(ReceivedBitmap(event.name, packed + bytes(-len(packed) % 8)))
+        elif number is Number.POSTCOPY_RESUME:
+            self._answer(ResumeAck())
+        elif number is Number.ENABLE_COLO:
+            raise RemoteProtocolError("COLO, which an image cannot take part in", channel="main")
+
+    def _discard(self, event: Command) -> None:
+        bits = self._awaited[event.name]
+        for start, length in event.ranges:
+            bits[start // PAGE_BYTES : (start + length) // PAGE_BYTES] = True
+            self.landing.discard(event.name, start, length)
+
+    def _package(self, event: Package) -> None:
+        """LISTEN, the devices, PINGs and RUN. The devices are safe before any PING of the package is answered."""
+        self.sections += [each for each in event.events if isinstance(each, DeviceSection)]
+        if any(isinstance(each, Command) and each.number == Number.POSTCOPY_LISTEN for each in event.events):
+            self.split = True
+        if self.split:
+            self.landing.devices_loaded(self.header, self.sections)
+        for each in event.events:
+            if isinstance(each, Command):
+                self._command(each)

@@ -1,0 +1,163 @@
+"""Guest memory: RAM blocks that are mapped from files, written in runs of pages.
+
+Zero pages are written only where something else was before, so that what the guest never used costs nothing.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from virtmig.errors import GuestMemoryError
+from virtmig.pages import PAGE_BYTES, PageNumbers, PageSet, runs_of
+
+Bytes = npt.NDArray[np.uint8]
+#: zero pages are looked for in pieces of this size, which stay in the processor's cache
+_SCAN_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MappedBlock:
+    """One RAM block: `bytes` is all of it, `pages` the same as rows of 4096. `fd` stays its owner's."""
+
+    name: str
+    length: int
+    fd: int
+    mapping: mmap.mmap
+    bytes: Bytes
+    pages: Bytes
+
+
+class GuestMemory:
+    """The RAM of one guest: a mapping for each block. The descriptors are kept open and closed by `close`.
+
+    `written` are the pages that have been placed with contents or as zero. Different threads may place different
+    pages at the same time; the sets are only exact for pages that one thread at a time places.
+    """
+
+    def __init__(self, files: Mapping[str, tuple[int, int]], *, writable: bool = True) -> None:
+        """`files`: block name -> (descriptor, length in bytes); the descriptors are owned from here on."""
+        self.blocks: dict[str, MappedBlock] = {}
+        access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        try:
+            for name, (fd, length) in files.items():
+                if length <= 0 or length % PAGE_BYTES:
+                    raise GuestMemoryError(f"RAM block '{name}' of {length} bytes is not whole pages")
+                mapping = mmap.mmap(fd, length, mmap.MAP_SHARED, access)
+                view = np.frombuffer(mapping, np.uint8)
+                self.blocks[name] = MappedBlock(name, length, fd, mapping, view, view.reshape(-1, PAGE_BYTES))
+        except (OSError, GuestMemoryError) as error:
+            self._descriptors = [fd for fd, _ in files.values()]
+            self.close()
+            if isinstance(error, GuestMemoryError):
+                raise
+            raise GuestMemoryError(f"cannot map the guest's memory: {error.strerror or error}") from None
+        self._descriptors = [fd for fd, _ in files.values()]
+        self._touched = {name: np.zeros(block.length // PAGE_BYTES, np.bool_) for name, block in self.blocks.items()}
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        return {name: block.length for name, block in self.blocks.items()}
+
+    def block(self, name: str) -> MappedBlock:
+        """Raises GuestMemoryError for a block that is not the guest's."""
+        found = self.blocks.get(name)
+        if found is None:
+            raise GuestMemoryError(f"no RAM block '{name}'")
+        return found
+
+    def place(self, name: str, pages: PageNumbers, data: memoryview | Bytes) -> None:
+        """Write `pages`, whose contents follow one another in `data`."""
+        block = self.block(name)
+        count = len(pages)
+        if not count:
+            return
+        self._check(block, pages)
+        source = np.frombuffer(data, np.uint8) if isinstance(data, memoryview) else data
+        first, last = int(pages[0]), int(pages[-1])
+        touched = self._touched[name]
+        if last - first == count - 1 and (count < 3 or bool((pages[1:] - pages[:-1] == 1).all())):
+            block.bytes[first * PAGE_BYTES : (last + 1) * PAGE_BYTES] = source
+            touched[first : last + 1] = True
+            return
+        block.pages[pages] = source.reshape(count, PAGE_BYTES)
+        touched[pages] = True
+
+    def zero(self, name: str, pages: PageNumbers) -> None:
+        """Make `pages` zero."""
+        block = self.block(name)
+        if not len(pages):
+            return
+        self._check(block, pages)
+        dirty = pages[self._touched[name][pages]]
+        for first, count in runs_of(dirty):
+            block.bytes[first * PAGE_BYTES : (first + count) * PAGE_BYTES] = 0
+
+    def touched(self, name: str) -> npt.NDArray[np.bool_]:
+        """For each page whether it was ever placed with contents (it may have become zero since)."""
+        return self._touched[name]
+
+    def flush(self) -> None:
+        """Everything on the disk (msync, then fsync of each block's file)."""
+        for block in self.blocks.values():
+            block.mapping.flush()
+            os.fsync(block.fd)
+
+    def close(self) -> None:
+        """Unmap and close. Arrays that were handed out must not be used any more."""
+        blocks, self.blocks = self.blocks, {}
+        mappings = [block.mapping for block in blocks.values()]
+        del blocks
+        for mapping in mappings:
+            try:
+                mapping.close()
+            except BufferError:  # an array of somebody else is alive; the mapping goes with it
+                continue
+        descriptors, self._descriptors = self._descriptors, []
+        for fd in descriptors:
+            os.close(fd)
+
+    @staticmethod
+    def _check(block: MappedBlock, pages: PageNumbers) -> None:
+        if int(pages.max()) >= len(block.pages):
+            raise GuestMemoryError(f"page {int(pages.max())} of '{block.name}', which has {len(block.pages)}")
+
+
+def nonzero_pages(block: Bytes, first_page: int = 0, count: int | None = None) -> npt.NDArray[np.bool_]:
+    """For each page of a run whether it holds anything else than zeros. 20 GiB/s and more: one pass, no copies."""
+    end = len(block) if count is None else (first_page + count) * PAGE_BYTES
+    words = block[first_page * PAGE_BYTES : end].view(np.uint64).reshape(-1, PAGE_BYTES // 8)
+    found = np.empty(len(words), np.bool_)
+    step = _SCAN_BYTES // PAGE_BYTES
+    for at in range(0, len(words), step):
+        np.not_equal(np.bitwise_or.reduce(words[at : at + step], axis=1), 0, out=found[at : at + step])
+    return found
+
+
+def holes_and_data(fd: int, length: int) -> Iterator[tuple[int, int]]:
+    """The (start, end) byte ranges of a sparse file that may hold data (SEEK_DATA, SEEK_HOLE); the rest is zero."""
+    at = 0
+    while at < length:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError:
+            return
+        end = min(os.lseek(fd, start, os.SEEK_HOLE), length)
+        if start >= length:
+            return
+        yield start, end
+        at = end
+
+
+def all_pages(lengths: Mapping[str, int] | Iterable[tuple[str, int]]) -> PageSet:
+    """The set of all pages of these blocks."""
+    sizes = dict(lengths)
+    pages = PageSet(sizes)
+    for name, length in sizes.items():
+        pages.add_range(name, 0, length)
+    return pages
