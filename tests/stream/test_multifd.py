@@ -20,7 +20,6 @@ from virtmig.stream.multifd import (
     DeviceState,
     DeviceStateData,
     MultifdDecoder,
-    MultifdEpochs,
     MultifdHello,
     MultifdPacket,
     check_hello,
@@ -28,6 +27,7 @@ from virtmig.stream.multifd import (
 )
 from virtmig.stream.multifd_compression import make_deflater, make_inflater
 from virtmig.stream.multifd_encoder import MultifdEncoder
+from virtmig.stream.multifd_epochs import MultifdEpochs
 from virtmig.stream.wire import Dialect, MultifdFlag
 
 CAPTURES = Path(__file__).parent / "captures"
@@ -507,3 +507,33 @@ def test_a_flipped_byte_is_an_error_or_other_events_with_the_same_bytes(at, mask
         events.extend(decoder.events())
     got = encoded(events)
     assert bytes(raw[: len(got)]) == got
+
+
+def test_pages_are_read_straight_into_the_guests_memory():
+    """Neighbouring pages land uncopied; scattered or compressed ones, and those of other blocks, come as data."""
+    memory = bytearray(64 * PAGE)
+    asked = []
+
+    def destination(block, offsets):
+        asked.append((block, offsets.tolist()))
+        return memoryview(memory)[2 * PAGE : 5 * PAGE] if len(offsets) == 3 else None
+
+    encoder = MultifdEncoder(0, dialect=Dialect.QEMU_11_1)
+    content = np.random.default_rng(5).bytes(3 * PAGE)
+    near = np.array([2, 3, 4], np.uint64) * np.uint64(PAGE)
+    far = np.array([9, 20], np.uint64) * np.uint64(PAGE)
+    raw = encoder.hello() + b"".join([*encoder.pages("pc.ram", near, content),
+                                      *encoder.pages("pc.ram", far, content[: 2 * PAGE])])  # fmt: skip
+    decoder = MultifdDecoder(blocks={"pc.ram": len(memory)}, destination=destination)
+    decoder.feed(raw)
+    _, first, second = decoder.events()
+    assert (first.placed, second.placed) == (True, False)
+    assert bytes(memory[2 * PAGE : 5 * PAGE]) == content == bytes(first.data)
+    assert bytes(second.data) == content[: 2 * PAGE]
+    assert asked == [("pc.ram", near.tolist()), ("pc.ram", far.tolist())]
+    outside = encoder.hello() + b"".join(encoder.pages("pc.ram", near + np.uint64(62 * PAGE), content))
+    decoder = MultifdDecoder(blocks={"pc.ram": len(memory)}, destination=destination)
+    decoder.feed(outside)
+    with pytest.raises(RemoteProtocolError):
+        list(decoder.events())
+    assert len(asked) == 2

@@ -284,19 +284,20 @@ class Incoming:
     def _multifd(self, connection: Connection, identity: Identity) -> None:
         assert self._epochs is not None
         decoder = MultifdDecoder(
-            method=self._compression, channel=connection.name, channels=self._multifd_channels, uuid=self._uuid
-        )
+            method=self._compression, channel=connection.name, channels=self._multifd_channels, uuid=self._uuid,
+            destination=self.loading.room,
+        )  # fmt: skip
         channel_id = identity.index
         ended = False
         while not ended:
             count = connection.recv_into(decoder.room())
+            if self.loading.lengths and decoder.blocks is None:
+                decoder.blocks = self.loading.lengths
             if count:
                 decoder.filled(count)
             else:
                 decoder.end()
                 ended = True
-            if self.loading.lengths and decoder.blocks is None:
-                decoder.blocks = self.loading.lengths
             for event in decoder.events():
                 match event:
                     case MultifdHello():

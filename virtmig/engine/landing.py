@@ -28,6 +28,9 @@ class Landing(Protocol):
 
     def zero(self, block: str, pages: PageNumbers) -> None: ...
 
+    def room(self, block: str, first_page: int, count: int) -> memoryview | None:
+        """Where neighbouring pages can be read into, in precopy; None: only `place` takes them."""
+
     def read(self, block: str, page: int) -> memoryview:
         """One page as it is here now, for xbzrle."""
 
@@ -75,6 +78,9 @@ class ImageLanding:
 
     def zero(self, block: str, pages: PageNumbers) -> None:
         self.memory.zero(block, pages)
+
+    def room(self, block: str, first_page: int, count: int) -> memoryview | None:
+        return self.memory.room(block, first_page, count)
 
     def read(self, block: str, page: int) -> memoryview:
         found = self.memory.block(block)

@@ -34,7 +34,8 @@ from virtmig.stream.events import (
     StreamHeader,
     ZeroPages,
 )
-from virtmig.stream.multifd import MultifdEpochs, MultifdPacket
+from virtmig.stream.multifd import MultifdPacket
+from virtmig.stream.multifd_epochs import MultifdEpochs
 from virtmig.stream.return_path import Pong, ReceivedBitmap, ResumeAck, ReturnPathEvent
 from virtmig.stream.wire import Command as Number
 from virtmig.stream.wire import Item
@@ -201,13 +202,21 @@ class Loading:
             return
         if not self.lengths:
             raise RemoteProtocolError("pages before the list of RAM blocks", channel="multifd", offset=packet.offset)
-        if packet.normal_count:
+        if packet.normal_count and not packet.placed:
             self.landing.place(packet.block, packet.normal_offsets // _MASK, packet.data)
         if packet.zero_count:
             self.landing.zero(packet.block, packet.zero_offsets // _MASK)
         with self._counting:
             self.pages_normal += packet.normal_count
             self.pages_zero += packet.zero_count
+
+    def room(self, block: str, offsets: npt.NDArray[np.uint64]) -> memoryview | None:
+        """The guest's memory for the neighbouring pages of a multifd packet, None when they are scattered."""
+        count = len(offsets)
+        first = int(offsets[0])
+        if int(offsets[-1]) - first != (count - 1) * PAGE_BYTES or not bool((offsets[1:] > offsets[:-1]).all()):
+            return None
+        return self.landing.room(block, first // PAGE_BYTES, count)
 
     def _place_once(self, block: str, pages: PageNumbers, data: memoryview) -> None:
         fresh = self._claim(block, pages)

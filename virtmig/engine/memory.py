@@ -88,6 +88,15 @@ class GuestMemory:
         block.pages[pages] = source.reshape(count, PAGE_BYTES)
         touched[pages] = True
 
+    def room(self, name: str, first_page: int, count: int) -> memoryview:
+        """The memory of neighbouring pages, to read a packet straight into it; they count as placed."""
+        block = self.block(name)
+        if first_page + count > len(block.pages):
+            raise GuestMemoryError(f"page {first_page + count - 1} of '{name}', which has {len(block.pages)}")
+        self._touched[name][first_page : first_page + count] = True
+        found: Bytes = block.bytes[first_page * PAGE_BYTES : (first_page + count) * PAGE_BYTES]
+        return found.data
+
     def zero(self, name: str, pages: PageNumbers) -> None:
         """Make `pages` zero."""
         block = self.block(name)

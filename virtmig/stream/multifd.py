@@ -8,7 +8,7 @@ from earlier packets. They are kept in the event, so that encode_multifd(event) 
 The pages of a packet stay one memoryview; page by page is left to nobody.
 
 Syncs are told by the flag SYNC. On 7.2 it can ride on a packet with pages, and then an empty packet with the same
-number follows; since 8.x it travels alone. See MultifdEpochs for what a sync means.
+number follows; since 8.x it travels alone. See multifd_epochs.py for what a sync means.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import struct
 import uuid as uuids
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -69,7 +69,8 @@ class MultifdPacket:
 
     `offsets` are all C fields as received, big-endian u64, bytes from the start of the RAM block: normal pages, then
     zero pages, then zeros or leftovers. `data` holds the normal pages in that order; `body` is what was on the wire
-    (the same memory when not compressed). Both are read-only. `name_field` is 256 bytes; see `block`.
+    (the same memory when not compressed). Both are read-only. `name_field` is 256 bytes; see `block`. `placed`: the
+    normal pages were read straight to where they belong.
     """
 
     flags: int
@@ -84,6 +85,7 @@ class MultifdPacket:
     body: memoryview
     data: memoryview
     offset: int = 0
+    placed: bool = False
 
     @property
     def is_sync(self) -> bool:
@@ -171,8 +173,9 @@ class MultifdDecoder:
     pages. `blocks` maps RAM block names to used lengths in bytes and may be set later (the list comes on the main
     channel); None leaves names and ranges unchecked. Bounds: one body of at most 1 MiB, one output of at most 512 KiB,
     device state in pieces of 256 KiB. `feed` copies, so that the caller's buffer is free again; to save the copy, read
-    straight into `room()` and report with `filled(count)`. Errors are raised by `events()`, after the events before
-    them, and again by every later call.
+    straight into `room()` and report with `filled(count)`. `destination(block, offsets)` may hand out the guest's own
+    memory for the pages of a packet that is not compressed (or None): they are then read into it, uncopied. Errors are
+    raised by `events()`, after the events before them, and again by every later call.
     """
 
     def __init__(
@@ -187,8 +190,11 @@ class MultifdDecoder:
         page_bytes: int = TARGET_PAGE_BYTES,
         device_state_limit_bytes: int = DEVICE_STATE_LONGEST_BYTES,
         expect_hello: bool = True,
+        destination: Callable[[str, Offsets], memoryview | None] | None = None,
     ) -> None:
         self.channel = channel
+        self._destination = destination
+        self._placed = False
         self.blocks = blocks
         self.source = source
         self._method = method
@@ -198,7 +204,7 @@ class MultifdDecoder:
         self._packet_bytes = MULTIFD_HEADER_BYTES + 8 * self._capacity
         self._device_state_limit = device_state_limit_bytes
         self._channels, self._uuid = channels, uuid
-        self._ready: deque[tuple[bytes, memoryview, int] | MultifdEvent] = deque()
+        self._ready: deque[tuple[bytes, memoryview, int, bool] | MultifdEvent] = deque()
         self._failure: RemoteProtocolError | None = None
         self._position = 0  # of the element being filled
         self._in_hello = expect_hello
@@ -297,7 +303,7 @@ class MultifdDecoder:
         if self._device_left:
             self._complete_device_piece()
         elif self._header:
-            self._ready.append((self._header, self._space.toreadonly(), self._position))
+            self._ready.append((self._header, self._space.toreadonly(), self._position, self._placed))
             self._next(len(self._header) + len(self._space))
         elif self._in_hello:
             self._complete_hello()
@@ -389,7 +395,7 @@ class MultifdDecoder:
             raise self._broken(f"an empty packet expected, but {size} bytes are to follow", at + 20)
         header = bytes(self._space)
         if not normal:
-            self._ready.append((header, memoryview(b""), at))
+            self._ready.append((header, memoryview(b""), at, False))
             self._next(len(header))
             return
         wanted = normal * self._page_bytes
@@ -401,9 +407,20 @@ class MultifdDecoder:
                 f"a compressed body of {size} bytes, expected 1 to {MULTIFD_COMPRESSED_LONGEST}", at + 20
             )
         self._header = header
-        # not bytearray: it would be cleared first, which costs as much as half the copy that follows
-        self._space = np.empty(size, np.uint8).data
+        self._space = self._place_of(header, normal, flags, at) or np.empty(size, np.uint8).data  # not cleared first
         self._have = 0
+
+    def _place_of(self, header: bytes, normal: int, flags: int, at: int) -> memoryview | None:
+        """The guest's memory for the pages that follow, checked as `_packet` checks them."""
+        self._placed = False
+        if self._destination is None or self.blocks is None or flags & MULTIFD_COMPRESSION_MASK:
+            return None
+        name = self._check_name(header[64:320], at + 64, "RAM block")
+        offsets = np.frombuffer(header, ">u8", normal, MULTIFD_HEADER_BYTES).astype(np.uint64)
+        self._check_offsets(name, offsets, at)
+        place = self._destination(name, offsets)
+        self._placed = place is not None
+        return place
 
     def _check_method(self, bits: int, at: int) -> None:
         name = METHOD_NAME.get(bits)
@@ -418,7 +435,7 @@ class MultifdDecoder:
         elif name != self._method:
             raise self._broken(f"a packet compressed with {name}, agreed is {self._method}", at)
 
-    def _packet(self, header: bytes, body: memoryview, at: int) -> MultifdPacket:
+    def _packet(self, header: bytes, body: memoryview, at: int, placed: bool) -> MultifdPacket:
         fields = _HEADER.unpack_from(header)
         _, _, flags, alloc, normal, size, number, zero, reserved, name_field = fields
         offsets = np.frombuffer(header, ">u8", self._capacity, MULTIFD_HEADER_BYTES)
@@ -433,7 +450,9 @@ class MultifdDecoder:
                 data = memoryview(inflater.inflate(body, normal * self._page_bytes))
             except ValueError as broken:
                 raise self._broken(str(broken), at + len(header)) from None
-        return MultifdPacket(flags, alloc, normal, size, number, zero, reserved, name_field, offsets, body, data, at)
+        return MultifdPacket(
+            flags, alloc, normal, size, number, zero, reserved, name_field, offsets, body, data, at, placed
+        )
 
     def _check_offsets(self, name: str, offsets: Offsets, at: int) -> None:
         if int(np.bitwise_or.reduce(offsets)) & (self._page_bytes - 1):
@@ -482,53 +501,3 @@ def encode_multifd(event: MultifdEvent) -> list[bytes | memoryview]:
         + event.offsets.astype(">u8").tobytes()
     )
     return [header, event.body] if event.normal_count else [header]
-
-
-class MultifdEpochs:
-    """Syncs of all channels against the markers on main: what came before a sync is placed before what follows it.
-
-    The marker on main is every RAM EOS for 7.2 and machine types up to 8.0, else the word MULTIFD_FLUSH. `sync` and
-    `marker` return True when this arrival completed the epoch. A channel that ended, or is a whole epoch ahead of
-    main's marker when main ends, leaves a QEMU destination hanging without a word; here it is an error.
-    """
-
-    def __init__(self, channels: int) -> None:
-        self._syncs = [0] * channels
-        self._ended = [False] * channels
-        self._markers = 0
-        self.completed = 0
-
-    def sync(self, channel_id: int) -> bool:
-        """This channel delivered a packet with SYNC; it must not be read on before the epoch completes."""
-        self._syncs[channel_id] += 1
-        return self._advance()
-
-    def marker(self) -> bool:
-        """Main delivered a marker; main must not be read on before the epoch completes."""
-        self._markers += 1
-        self._check()
-        return self._advance()
-
-    def end(self, channel_id: int) -> None:
-        """This channel ended."""
-        self._ended[channel_id] = True
-        self._check()
-
-    def waiting_for(self) -> tuple[int, ...]:
-        """The channels whose sync main waits for."""
-        return tuple(index for index, syncs in enumerate(self._syncs) if syncs < self._markers)
-
-    def _check(self) -> None:
-        for index in self.waiting_for():
-            if self._ended[index]:
-                raise RemoteProtocolError(
-                    f"the channel ended after {self._syncs[index]} syncs, main waits for number {self._markers}",
-                    channel=f"multifd {index}",
-                )
-
-    def _advance(self) -> bool:
-        reached = min(self._markers, *self._syncs)
-        if reached > self.completed:
-            self.completed = reached
-            return True
-        return False
