@@ -23,7 +23,9 @@ from virtmig.errors import ChannelError, MigrationError, RemoteProtocolError
 from virtmig.progress import Whereabouts
 from virtmig.stream.channel import Expected, Identity, Role
 from virtmig.stream.channel_rules import Rule
+from virtmig.stream.commands import ping
 from virtmig.stream.decoder import PreemptDecoder, QemuStreamDecoder
+from virtmig.stream.encoder import encode_event
 from virtmig.stream.events import EndOfRam, Pages, ZeroPages
 from virtmig.stream.multifd import DeviceState, MultifdDecoder, MultifdHello, MultifdPacket
 from virtmig.stream.ram import RamReader
@@ -31,6 +33,9 @@ from virtmig.stream.return_path import PageRequester, ReturnPathEvent, Shut, enc
 
 #: one read of the main channel
 _READ_BYTES = 1 << 20
+#: the last word of an engine as source, behind the end of the stream: it has heard SHUT 0 and lets go of the guest.
+#: Without it the guest's process does not run here: a source that did not hear SHUT 0 runs it.
+GIVEN_UP = bytes(encode_event(ping(0x56)))
 #: how long the source may take to close its channels after SHUT 0, and to begin the description after EOF
 LINGER_S = 5.0
 
@@ -99,6 +104,8 @@ class Incoming:
         self._writing = threading.Lock()
         self._requester = PageRequester()
         self._crash: BaseException | None = None
+        self._late: MigrationError | None = None
+        landing.attach(self.request)
 
     # -- for the caller ----------------------------------------------------------------------------------------------
 
@@ -119,6 +126,8 @@ class Incoming:
             raise self._crash
         if not self._done:
             raise self._failure()
+        if self._late is not None:
+            raise self._late
         began = self._first or time.monotonic()
         loading = self.loading
         return Received(
@@ -275,9 +284,15 @@ class Incoming:
             with contextlib.suppress(MigrationError):
                 self._answer(Shut(0))
         connection.stall_after(LINGER_S)
+        last_words = b""
+        buffer = memoryview(bytearray(4096))
         with contextlib.suppress(MigrationError):
-            while connection.recv_into(memoryview(bytearray(4096))):
-                pass
+            while count := connection.recv_into(buffer):
+                last_words = (last_words + bytes(buffer[:count]))[-len(GIVEN_UP) :]
+        try:
+            self._landing.let_go(last_words == GIVEN_UP)
+        except MigrationError as error:
+            self._late = error
         with self._changed:
             self._changed.notify_all()
 

@@ -7,7 +7,7 @@ ImageLanding keeps it at rest in a folder; a process guest lands in its own memo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -17,9 +17,15 @@ from virtmig.errors import GuestMemoryError
 from virtmig.pages import PageNumbers
 from virtmig.stream.events import DeviceSection, StreamHeader
 
+#: (block, start, length in bytes): ask the source for these first
+Request = Callable[[str, int, int], None]
+
 
 class Landing(Protocol):
     """`place` and `zero` come from several threads, never twice for one page at a time."""
+
+    def attach(self, request: Request) -> None:
+        """How pages are asked for in postcopy."""
 
     def begin(self, blocks: Mapping[str, int], page_sizes: Mapping[str, int]) -> None:
         """The guest's RAM blocks: name -> bytes; `page_sizes` only for huge ones."""
@@ -52,6 +58,15 @@ class Landing(Protocol):
     ) -> None:
         """All is here. When this returns, the source is told so and will not go back."""
 
+    def resumed(self) -> None:
+        """A broken postcopy goes on: ask again for what is waited for."""
+
+    def let_go(self, heard: bool) -> None:
+        """The source is gone after SHUT 0. `heard`: it has said that it lets go of the guest; only engines do.
+
+        Raises MigrationError when that word was needed.
+        """
+
     def abandon(self) -> None:
         """It failed before commit: leave nothing behind. Safe after commit, and twice."""
 
@@ -63,6 +78,13 @@ class ImageLanding:
         self.writer = ImageWriter(folder)
         self.manifest: Manifest | None = None
         self._devices_saved = False
+
+    def attach(self, request: Request) -> None:
+        """It asks for nothing: all of it comes by itself."""
+
+    def resumed(self) -> None: ...
+
+    def let_go(self, heard: bool) -> None: ...
 
     @property
     def memory(self) -> GuestMemory:

@@ -303,6 +303,7 @@ class Loading:
             self._answer(ReceivedBitmap(event.name, packed + bytes(-len(packed) % 8)))
         elif number is Number.POSTCOPY_RESUME:
             self._answer(ResumeAck())
+            self.landing.resumed()
         elif number is Number.ENABLE_COLO:
             raise RemoteProtocolError("COLO, which an image cannot take part in", channel="main")
 

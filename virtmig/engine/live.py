@@ -1,0 +1,344 @@
+"""Move a running process guest to another engine: passes over its memory, the switch, and postcopy where it is wanted.
+
+    [all pages] -> [what was written meanwhile] -> ... -> pause -> the rest and the device state -> GIVEN_UP
+                                                     \\-> pause -> discard, device state, RUN -> faults and the rest
+
+The guest's writes are tracked by the kernel (dirty.py). What follows each pass is decided by a function that gets the
+numbers: `Settle` by default.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from virtmig.engine.dirty import Runs, WriteTracker, page_count, pages_of, tracking_available
+from virtmig.engine.image import FORMAT, FORMAT_VERSION, BlockFile, Manifest
+from virtmig.engine.incoming import GIVEN_UP
+from virtmig.engine.lazy import PageReader, Remaining
+from virtmig.engine.memory import GuestMemory
+from virtmig.engine.outgoing import Report, SendResult, SendSettings
+from virtmig.engine.outgoing import _Outgoing as Outgoing
+from virtmig.engine.process_guest import ProcessGuest
+from virtmig.engine.process_landing import DEVICE, DEVICE_VERSION, MACHINE
+from virtmig.engine.transport import Address, Stop
+from virtmig.errors import GuestMemoryError, MigrationError
+from virtmig.pages import PAGE_BYTES, PageNumbers, runs_of
+from virtmig.progress import Whereabouts
+from virtmig.stream.commands import command, discard, ping
+from virtmig.stream.events import Command, DeviceSection, SectionFooter
+from virtmig.stream.wire import MAX_DISCARDS_PER_COMMAND, PING_PACKAGE_LOADED, Item
+from virtmig.stream.wire import Command as Number
+
+#: pages looked at and handed to a channel at a time: 2 MiB
+_PIECE_PAGES = 512
+_DEVICE_SECTION_ID = 2
+
+Step = Literal["pass", "switch", "postcopy", "give up"]
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One pass over memory. `left_pages` were written while it ran; `bytes_per_s` is how fast it sent."""
+
+    number: int
+    sent_pages: int
+    left_pages: int
+    elapsed_s: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """Switch when the rest fits the downtime limit; else postcopy after so many passes, if at all, or give up."""
+
+    downtime_limit_ms: float = 300.0
+    postcopy_after_passes: int | None = None
+    most_passes: int = 30
+
+    def __call__(self, last: Pass) -> Step:
+        if last.left_pages * PAGE_BYTES <= last.bytes_per_s * self.downtime_limit_ms / 1000:
+            return "switch"
+        if self.postcopy_after_passes is not None and last.number >= self.postcopy_after_passes:
+            return "postcopy"
+        return "pass" if last.number < self.most_passes else "give up"
+
+
+class LiveResult(msgspec.Struct, frozen=True):
+    """`downtime_ms` is from pause to SHUT 0 in precopy, to RUN in postcopy, as the source sees it."""
+
+    sent: SendResult
+    passes: tuple[Pass, ...]
+    downtime_ms: float
+    postcopy: bool
+
+
+class GuestView:
+    """A process guest as what Outgoing sends: the shape of an Image, over the guest's own memory files."""
+
+    def __init__(self, guest: ProcessGuest) -> None:
+        self.guest = guest
+        self.folder = Path(f"pid {guest.pid}")
+        blocks = tuple(BlockFile(name, name, length) for name, length in guest.blocks.items())
+        self.manifest = Manifest(FORMAT, FORMAT_VERSION, MACHINE, "", 0.0, blocks, 0, 0, 0, 0)
+        self.memory = GuestMemory(
+            {name: (os.dup(fd), guest.blocks[name]) for name, fd in guest.memfds.items()}, writable=False
+        )
+        self.description = b""
+
+    def device_sections(self) -> list[DeviceSection]:
+        """Of a paused guest."""
+        state = self.guest.state()
+        described = {"name": DEVICE, "instance_id": 0, "version": DEVICE_VERSION, "size": len(state), "fields": []}
+        self.description = msgspec.json.encode({"devices": [described]})
+        return [DeviceSection(Item.SECTION_FULL, _DEVICE_SECTION_ID, DEVICE, 0, DEVICE_VERSION, state, 0)]
+
+    def close(self) -> None:
+        self.memory.close()
+
+
+class LiveReader(PageReader):
+    """Pages of memory that is being written: what was a hole a moment ago may not be one any more."""
+
+    def __init__(self, view: GuestView) -> None:
+        super().__init__(view)  # type: ignore[arg-type]
+        for held in self._held.values():
+            held[:] = True
+
+
+def migrate_guest(
+    guest: ProcessGuest,
+    address: Address,
+    settings: SendSettings,
+    stop: Stop,
+    *,
+    decide: Callable[[Pass], Step] | None = None,
+    progress: Report | None = None,
+) -> LiveResult:
+    """Blocks until the guest is at the destination; it is paused here then, and the caller's to close.
+
+    Raises MigrationError. `guest` SOURCE: it runs here again. SPLIT: it runs there and lacks pages; `recover_guest`.
+    """
+    facts = tracking_available()
+    if not facts.available:
+        raise GuestMemoryError(
+            f"the guest's writes cannot be tracked: {facts.reason}", hint=facts.hint, guest=Whereabouts.SOURCE
+        )
+    view = GuestView(guest)
+    try:
+        return _Live(view, address, settings, stop, decide or Settle(), progress).migrate()
+    finally:
+        view.close()
+
+
+def recover_guest(guest: ProcessGuest, address: Address, settings: SendSettings, stop: Stop) -> SendResult:
+    """Go on with a broken postcopy: the destination says what it has and gets the rest."""
+    view = GuestView(guest)
+    try:
+        live = Outgoing(view, address, msgspec.structs.replace(settings, recover=True), stop, None)  # type: ignore[arg-type]
+        return live.run()
+    finally:
+        view.close()
+
+
+class _Live(Outgoing):
+    def __init__(
+        self,
+        view: GuestView,
+        address: Address,
+        settings: SendSettings,
+        stop: Stop,
+        decide: Callable[[Pass], Step],
+        progress: Report | None,
+    ) -> None:
+        super().__init__(view, address, settings, stop, progress)  # type: ignore[arg-type]
+        self._guest = view.guest
+        self._reader = LiveReader(view)
+        self._pages = Remaining(self._reader)
+        self._decide = decide
+        self._passes: list[Pass] = []
+        self._split = False
+        self._was_running = view.guest.running
+        self._paused_at = self._gone_at = 0.0
+
+    def migrate(self) -> LiveResult:
+        self._guest.track_writes()
+        try:
+            with WriteTracker(self._guest.pid, self._guest.ranges) as self._tracker:
+                sent = self.run()
+        except MigrationError as error:
+            if not self._split and not self._answers.arrived:
+                self._take_back()
+                error.guest = Whereabouts.SOURCE
+                error.hint = "the guest runs on the source as before"
+            raise
+        finally:
+            with contextlib.suppress(GuestMemoryError):  # it may be the guest that has ended
+                self._guest.stop_tracking()
+        downtime = (self._gone_at or time.monotonic()) - self._paused_at
+        return LiveResult(sent, tuple(self._passes), downtime * 1000, self._split)
+
+    # -- what Outgoing does with an image, done with a guest that runs -----------------------------------------------
+
+    def _precopy(self) -> None:
+        self._move()
+
+    def _start_lazily(self) -> None:
+        self._move()
+
+    def _sync_each_section(self) -> bool:
+        return False
+
+    def _serve(self) -> None:
+        if self._split:
+            super()._serve()
+
+    def _end(self) -> None:
+        if self._answers.arrived:
+            self._gone_at = self._gone_at or time.monotonic()
+            if self._main is not None:
+                with contextlib.suppress(MigrationError):
+                    self._main.connection.send(GIVEN_UP)
+        super()._end()
+
+    # -- the passes --------------------------------------------------------------------------------------------------
+
+    def _move(self) -> None:
+        main = self._begin_stream()
+        self._tracker.start()
+        pending: dict[str, Runs] = {
+            name: np.array([[0, length // PAGE_BYTES]], np.uint64) for name, length in self._reader.lengths.items()
+        }
+        while True:
+            began = time.monotonic()
+            main.connection.send(self._encoder.ram_part())
+            count = self._send(pending)
+            self._end_section()
+            elapsed = max(time.monotonic() - began, 1e-6)
+            left = sum(page_count(runs) for runs in self._tracker.peek().values())
+            last = Pass(len(self._passes) + 1, count, left, elapsed, count * PAGE_BYTES / elapsed)
+            self._passes.append(last)
+            self._report("pages")
+            step = self._decide(last)
+            if step == "give up":
+                raise MigrationError(
+                    f"the guest writes faster than it can be sent: after {last.number} passes {left} pages are left",
+                    hint="a longer downtime limit, postcopy, or more channels",
+                )
+            if step != "pass":
+                break
+            pending = self._tracker.take()
+        self._stop.check()
+        self._pause()
+        pending = self._tracker.take()
+        if step == "postcopy" and self._settings.postcopy:
+            self._switch(pending)
+        else:
+            self._finish(pending)
+
+    def _finish(self, pending: dict[str, Runs]) -> None:
+        main, encoder = self._main, self._encoder
+        assert main is not None
+        main.connection.send(encoder.ram_end())
+        self._send(pending)
+        self._end_section()
+        sections = self._image.device_sections()
+        self._report("finishing")
+        self._stop.check()
+        self._answers.finished = True
+        main.connection.send(*[encoder.device(section) for section in sections],
+                             encoder.eof(self._image.description))  # fmt: skip
+        self._switched = time.monotonic()
+
+    def _switch(self, pending: dict[str, Runs]) -> None:
+        main, encoder = self._main, self._encoder
+        assert main is not None
+        for name in self._reader.lengths:
+            left = np.zeros(self._reader.lengths[name] // PAGE_BYTES, np.bool_)
+            left[pages_of(pending[name])] = True
+            self._pages.drop(name, np.flatnonzero(~left).astype(np.uint64))
+        parts = [encoder.command(each) for each in _discards(pending)]
+        inside: list[object] = [command(Number.POSTCOPY_LISTEN)]
+        for section in self._image.device_sections():
+            inside += [section, SectionFooter(section.section_id)]
+        inside += [ping(3), ping(PING_PACKAGE_LOADED), command(Number.POSTCOPY_RUN)]
+        parts += [encoder.command(ping(2)), encoder.package(inside)]
+        self._report("switching")
+        self._stop.check()
+        self._listening = self._split = True  # from the first byte on: it may run there
+        main.connection.send(*parts)
+        self._switched = self._gone_at = time.monotonic()
+
+    def _send(self, pending: dict[str, Runs]) -> int:
+        """Inside an open section: the pages, those that are zero as such. Returns how many."""
+        count = 0
+        for name, pages in _pieces(pending):
+            self._stop.check()
+            while not self._wait_pace():
+                pass
+            normal, zero = self._reader.split(name, pages)
+            main = self._main
+            assert main is not None
+            if self._multifd is not None:
+                self._multifd.put(name, normal)
+            elif len(normal):
+                main.normal += len(normal)
+                main.connection.send(main.encoder.pages(name, normal, self._reader.data(name, normal)))
+            main.zero_pages(name, zero)
+            count += len(pages)
+        return count
+
+    def _end_section(self) -> None:
+        main, encoder = self._main, self._encoder
+        assert main is not None
+        if self._multifd is not None:
+            self._multifd.sync()
+            main.connection.send(encoder.multifd_flush(), encoder.ram_section_end())
+        else:
+            main.connection.send(encoder.ram_section_end())
+
+    def _pause(self) -> None:
+        self._paused_at = time.monotonic()
+        self._guest.pause()
+
+    def _take_back(self) -> None:
+        with contextlib.suppress(GuestMemoryError):
+            if self._was_running and not self._guest.running:
+                self._guest.resume()
+
+
+def _pieces(pending: dict[str, Runs]) -> Iterator[tuple[str, PageNumbers]]:
+    """Runs cut and gathered into pieces of at most 512 pages, which lie close together."""
+    for name, runs in pending.items():
+        if len(runs) == 1:
+            first, count = runs[0].tolist()
+            for at in range(first, first + count, _PIECE_PAGES):
+                yield name, np.arange(at, min(at + _PIECE_PAGES, first + count), dtype=np.uint64)
+            continue
+        pages = pages_of(runs)
+        at = 0
+        while at < len(pages):
+            # no page further than that: what lies between is looked at for zeros too
+            near = int(np.searchsorted(pages[at : at + _PIECE_PAGES], pages[at] + np.uint64(4 * _PIECE_PAGES)))
+            yield name, pages[at : at + near]
+            at += near
+
+
+def _discards(pending: dict[str, Runs]) -> Iterator[Command]:
+    """At least one, or LISTEN is refused: an empty range would be too, so a page that is sent again is named."""
+    found = False
+    for name, runs in pending.items():
+        ranges = [(first * PAGE_BYTES, count * PAGE_BYTES) for first, count in runs_of(pages_of(runs))]
+        for at in range(0, len(ranges), MAX_DISCARDS_PER_COMMAND):
+            found = True
+            yield discard(name, ranges[at : at + MAX_DISCARDS_PER_COMMAND])
+    if not found:
+        raise MigrationError("nothing is left to be sent in postcopy")
