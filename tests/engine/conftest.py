@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.support.emulators import emulators
+from tests.support.leftovers import leftovers
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -43,23 +41,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.line(f"{row:{width}}  {signs}")
 
 
-def left_over() -> tuple[set[str], int, set[str]]:
-    """Threads, the number of open descriptors and mapped files of this process."""
-    descriptors = 0
-    for entry in os.listdir("/proc/self/fd"):
-        try:
-            target = os.readlink(f"/proc/self/fd/{entry}")
-        except OSError:
-            continue
-        descriptors += not target.startswith("/proc/")
-    mapped = {line.split(None, 5)[5] for line in Path("/proc/self/maps").read_text().splitlines() if "/ram-" in line}
-    return {thread.name for thread in threading.enumerate()}, descriptors, mapped
-
-
 @pytest.fixture
 def nothing_left() -> Iterator[None]:
-    """No thread, descriptor or mapping more than before."""
-    before = left_over()
+    """No thread, descriptor, mapping or child more than before."""
+    before = leftovers()
     yield
-    after = left_over()
-    assert after == before
+    assert leftovers() == before

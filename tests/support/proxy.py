@@ -39,6 +39,8 @@ class RecordingProxy:
         self._changed = threading.Condition()
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
+        self._flowing = threading.Event()
+        self._flowing.set()
         self._server = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._server.getsockname()[1]
         self._acceptor = threading.Thread(target=self._accept, name="proxy-accept")
@@ -54,8 +56,13 @@ class RecordingProxy:
         self.cut()
         self.wait_closed()
 
+    def freeze(self) -> None:
+        """Carry nothing any more and tell nobody, as a link that drops everything; `cut` ends it."""
+        self._flowing.clear()
+
     def cut(self) -> None:
         """Break all connections, as a network failure would."""
+        self._flowing.set()
         with self._changed:
             sockets, self._sockets = self._sockets, []
         for each in sockets:
@@ -105,6 +112,7 @@ class RecordingProxy:
                         self.arrivals.pop()
                     self.arrivals.append((number, way, merged + len(data)))
                     self._changed.notify_all()
+                self._flowing.wait()
                 go.sendall(data)
         with contextlib.suppress(OSError):
             go.shutdown(socket.SHUT_WR)

@@ -82,7 +82,7 @@ class Incoming:
         self._multifd_channels = multifd_channels
         self._compression = compression
         self._epochs = Epochs(multifd_channels, self._stop) if multifd_channels else None
-        self.loading = Loading(landing, self._answer, self._epochs)
+        self.loading = Loading(landing, self._answer, self._epochs, self._resume)
         expected = Expected(
             Rule.VIRTMIG, multifd_channels=multifd_channels, postcopy=True, preempt=True, early_preempt=True
         )
@@ -103,6 +103,7 @@ class Incoming:
         self._recoveries = 0
         self._writing = threading.Lock()
         self._requester = PageRequester()
+        self._may_ask = True  # not between a pause and RESUME: a source takes no requests then
         self._crash: BaseException | None = None
         self._late: MigrationError | None = None
         landing.attach(self.request)
@@ -139,7 +140,7 @@ class Incoming:
         """Ask the source for pages first; without effect while the connection is broken."""
         with self._writing:
             main = self._connections.get("main")
-            if main is not None and self.loading.split:
+            if main is not None and self.loading.split and self._may_ask:
                 with contextlib.suppress(MigrationError):
                     main.send(self._requester.request(block, start_bytes, length_bytes))
 
@@ -209,9 +210,17 @@ class Incoming:
         self._paused_since = time.monotonic()
         for connection in list(self._connections.values()):
             connection.shutdown()
-        self._requester.forget()
+        with self._writing:
+            self._may_ask = False
+            self._requester.forget()
         self._arrivals.recover()
         self._changed.notify_all()
+
+    def _resume(self) -> None:
+        """POSTCOPY_RESUME: ask again for what the guest waits for."""
+        with self._writing:
+            self._may_ask = True
+        self._landing.resumed()
 
     def _patience(self) -> float | None:
         if self._paused_since is None or self._recover_s is None:

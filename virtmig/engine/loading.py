@@ -97,12 +97,13 @@ class Epochs:
 class Loading:
     """One guest on its way in.
 
-    `answer` writes a return path message. `over` is True when everything that is to come has come. `split` is True from
+    `answer` writes a return path message, `resumed` is called when a broken postcopy goes on. `over` is True when everything that is to come has come. `split` is True from
     the moment on that the source may not take the guest back.
     """
 
-    def __init__(self, landing: Landing, answer: Answer, epochs: Epochs | None) -> None:
+    def __init__(self, landing: Landing, answer: Answer, epochs: Epochs | None, resumed: Callable[[], None]) -> None:
         self.landing = landing
+        self._resumed = resumed
         self.header = StreamHeader(3, None)
         self.sections: list[DeviceSection] = []
         self.description = b""
@@ -303,7 +304,7 @@ class Loading:
             self._answer(ReceivedBitmap(event.name, packed + bytes(-len(packed) % 8)))
         elif number is Number.POSTCOPY_RESUME:
             self._answer(ResumeAck())
-            self.landing.resumed()
+            self._resumed()
         elif number is Number.ENABLE_COLO:
             raise RemoteProtocolError("COLO, which an image cannot take part in", channel="main")
 
