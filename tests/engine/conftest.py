@@ -20,7 +20,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """With more than one QEMU: what works with which, a line a scenario."""
-    versions = [each.version_name for each in emulators()]
+    versions = sorted((each.version_name for each in emulators()), key=lambda version: [*map(int, version.split("."))])
     if len(versions) < 2:
         return
     cells: dict[str, dict[str, str]] = {}

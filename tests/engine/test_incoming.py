@@ -191,6 +191,38 @@ def test_broken_postcopy_is_recovered(emulator: Emulator, tmp_path: Path, preemp
         same_memory(source, tmp_path / "image")
 
 
+def test_postcopy_goes_on_in_another_process(emulator: Emulator, tmp_path: Path) -> None:
+    """The receiving process is gone, with all it knew: the folder and the source's memory are enough."""
+    with lab_source(
+        emulator, capabilities=POSTCOPY, **{"max-bandwidth": 4 << 20, "max-postcopy-bandwidth": 1 << 20}
+    ) as (source, _):
+        with receiving(tmp_path / "image") as destination:
+            source.qmp.execute("migrate", uri=str(destination.listener.address))
+            source.qmp.wait_pass(1)
+            source.qmp.execute("migrate-start-postcopy")
+            source.qmp.wait_status("postcopy-active")
+            eventually(lambda: destination.incoming.loading.split, "the switch")
+            destination.stop.request()
+            with pytest.raises(MigrationAborted) as error:
+                destination.result()
+            assert error.value.guest is Whereabouts.SPLIT
+        source.qmp.wait_status("postcopy-paused")
+        assert not (tmp_path / "image").exists()
+        source.set_parameters({"max-postcopy-bandwidth": 0})
+        landing, manifest, sections = ImageLanding.recover(tmp_path / "image")
+        stop = Stop()
+        listener = Listener(Address("127.0.0.1"), stop)
+        incoming = Incoming(listener, landing, stop)
+        incoming.continue_from(manifest, sections)
+        source.qmp.execute("migrate", uri=str(listener.address), resume=True)
+        received = incoming.run()
+        listener.close()
+        source.qmp.wait_status("completed")
+        assert received.recoveries == 1
+        same_memory(source, tmp_path / "image")
+        assert [path.name for path in tmp_path.iterdir()] == ["image"]
+
+
 def test_unix_socket(emulator: Emulator, tmp_path: Path, nothing_left: None) -> None:
     with lab_source(emulator, capabilities=MULTIFD, **{"multifd-channels": 2}) as (source, (here, there)):
         with receiving(tmp_path / "image", Address(path=f"{here}/s"), multifd_channels=2) as destination:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ class _Asked:
 
     def __init__(self, stop: Stop) -> None:
         self._stop = stop
-        self.split = lambda: False
+        self.split: Callable[[], bool] = lambda: False
         self._warned = False
 
     def ask(self, why: str) -> None:
@@ -60,11 +61,13 @@ def run_receive(values: dict[str, Any], *, quiet: bool) -> int:
     address = Address.parse(str(values["address"]))
     folder = Path(str(values["into"]))
     stop = Stop()
-    landing = ImageLanding(folder)
+    again = ImageLanding.recover(folder) if values.get("recover") else None
+    landing = again[0] if again else ImageLanding(folder)
     try:
         listener = Listener(address, stop)
     except MigrationError:
-        landing.abandon()
+        if again is None:
+            landing.abandon()
         raise
     asked = _Asked(stop)
     try:
@@ -77,12 +80,17 @@ def run_receive(values: dict[str, Any], *, quiet: bool) -> int:
             recover_s=float(values["recover-timeout"]) if values.get("recover-timeout") else None,
         )
         asked.split = lambda: incoming.loading.split
+        if again is not None:
+            incoming.continue_from(again[1], again[2])
         say.event("listening", f"listening on {listener.address}", address=str(listener.address))
         with stop_on_signals(asked):
             received = incoming.run()
     except MigrationError as error:
         if error.guest is Whereabouts.SPLIT:
-            error.hint = error.hint or f"what came is kept in '{landing.writer.partial}'; the source has all pages"
+            error.hint = (
+                f"the source still has every page: 'virtmig receive {values['address']} --into {folder} --recover', "
+                "then 'migrate -r' (resume) at the source"
+            )
         say.event("failed", "", message=str(error), guest=str(error.guest))
         raise
     finally:

@@ -5,8 +5,9 @@
            devices           the payloads of the device sections, one behind the other in the order they came
            description.json  QEMU's description of the device sections; absent after a postcopy
 
-It is made beside its place, as .NAME.incoming, and gets its name when everything is on the disk: a folder of that name
-is a whole image or was never one of ours. The source learns of success only afterwards.
+It is made beside its place, as .NAME.*.incoming, and gets its name when everything is on the disk: a folder of that
+name is a whole image or was never one of ours. The source learns of success only afterwards. In a postcopy what is being
+received is the guest: it stays where it is after a failure, and `ImageWriter.reopen` goes on with it.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ FORMAT = "virtmig-image"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 DEVICES = "devices"
+PARTIAL = "incoming.json"  # a manifest without sums, while a postcopy is received
 DESCRIPTION = "description.json"
 #: RAM is summed in pieces of this size, so that damage can be placed, and pieces that are all zero are left out
 CHUNK_BYTES = 4 << 20
@@ -91,6 +93,8 @@ class ImageWriter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
+        self.memory: GuestMemory | None = None
+        self._page_sizes: dict[str, int] = {}
         if self.folder.exists():
             raise ImageError(f"'{folder}' exists already", hint="name a folder that does not exist")
         if not self.folder.parent.is_dir():
@@ -100,8 +104,29 @@ class ImageWriter:
                                                  dir=self.folder.parent))  # fmt: skip
         except OSError as error:
             raise ImageError(f"cannot write in '{self.folder.parent}': {error.strerror}") from None
-        self.memory: GuestMemory | None = None
-        self._page_sizes: dict[str, int] = {}
+
+    @classmethod
+    def reopen(cls, folder: Path) -> tuple[ImageWriter, Manifest, list[DeviceSection]]:
+        """What a postcopy into `folder` left behind when its process ended. Raises ImageError when there is nothing."""
+        left = sorted(folder.absolute().parent.glob(f".{folder.name}.*.incoming/{PARTIAL}"))
+        if len(left) != 1:
+            raise ImageError(
+                f"{len(left) or 'no'} interrupted postcopies into '{folder}'"
+                + (f": {left[0].parent} ..." if left else ""),
+                hint="the folder that was given to `virtmig receive` when it was interrupted",
+            )
+        writer = cls.__new__(cls)
+        writer.folder, writer.partial = folder.absolute(), left[0].parent
+        manifest = _decode(left[0])
+        devices = writer.partial / DEVICES
+        data = devices.read_bytes() if devices.exists() else b""
+        if zlib.crc32(data) != manifest.devices_crc32:
+            raise ImageError(f"'{devices}' is damaged")
+        writer._page_sizes = {block.name: block.page_size for block in manifest.blocks}
+        writer.memory = _map(writer.partial, manifest, writable=True)
+        for block in manifest.blocks:
+            writer.memory.touched(block.name)[:] = True  # what is there is unknown: zero pages are written
+        return writer, manifest, _sections(manifest, data)
 
     def create_memory(self, blocks: Mapping[str, int], page_sizes: Mapping[str, int] | None = None) -> GuestMemory:
         """Sparse files for the blocks, mapped. Raises ImageError when the disk cannot hold their length."""
@@ -121,9 +146,17 @@ class ImageWriter:
         self.memory = GuestMemory(files)
         return self.memory
 
-    def save_devices(self, sections: Sequence[DeviceSection]) -> None:
-        """The device state, on the disk when this returns."""
+    def save_devices(self, sections: Sequence[DeviceSection], partial: Manifest | None = None) -> None:
+        """The device state, on the disk when this returns; with `partial` also what `reopen` needs."""
         self._write(DEVICES, b"".join(section.data for section in sections))
+        if partial is not None and self.memory is not None:
+            blocks = tuple(
+                BlockFile(name, f"ram-{number}", block.length, self._page_sizes.get(name, PAGE_BYTES))
+                for number, (name, block) in enumerate(self.memory.blocks.items())
+            )
+            self._write(PARTIAL, msgspec.json.encode(msgspec.structs.replace(partial, blocks=blocks)))
+            _sync_folder(self.partial)
+            _sync_folder(self.partial.parent)
 
     def commit(self, manifest: Manifest, description: bytes = b"") -> Manifest:
         """Everything durable, then the name. `manifest` comes without its blocks; the finished one is returned."""
@@ -140,6 +173,7 @@ class ImageWriter:
         )  # fmt: skip
         whole = msgspec.structs.replace(manifest, blocks=blocks, created=time.time())
         try:
+            (self.partial / PARTIAL).unlink(missing_ok=True)
             self._write(MANIFEST, msgspec.json.format(msgspec.json.encode(whole), indent=1) + b"\n")
             _sync_folder(self.partial)
             os.rename(self.partial, self.folder)
@@ -175,20 +209,7 @@ class Image:
         self.description = b""
         if self.manifest.description_bytes:
             self.description = self._file(DESCRIPTION, self.manifest.description_bytes, self.manifest.description_crc32)
-        files: dict[str, tuple[int, int]] = {}
-        try:
-            for block in self.manifest.blocks:
-                fd = os.open(folder / block.file, os.O_RDONLY | os.O_CLOEXEC)
-                files[block.name] = (fd, block.length)
-                if os.fstat(fd).st_size != block.length:
-                    raise ImageError(f"'{folder / block.file}' has {os.fstat(fd).st_size} bytes, not {block.length}")
-        except (OSError, ImageError) as error:
-            for fd, _ in files.values():
-                os.close(fd)
-            if isinstance(error, ImageError):
-                raise
-            raise ImageError(f"'{error.filename}': {error.strerror}") from None
-        self.memory = GuestMemory(files, writable=False)
+        self.memory = _map(folder, self.manifest, writable=False)
 
     def __enter__(self) -> Image:
         return self
@@ -222,13 +243,7 @@ class Image:
 
     def device_sections(self) -> list[DeviceSection]:
         """The saved sections, to be sent as they are."""
-        return [
-            DeviceSection(
-                Item(entry.kind), entry.section_id, entry.idstr, entry.instance_id, entry.version_id,
-                self.devices[entry.start : entry.start + entry.length], entry.start,
-            )
-            for entry in self.manifest.sections
-        ]  # fmt: skip
+        return _sections(self.manifest, self.devices)
 
     def _file(self, name: str, length: int, crc32: int) -> bytes:
         path = self.folder / name
@@ -243,11 +258,14 @@ class Image:
 
 def read_manifest(folder: Path) -> Manifest:
     """Raises ImageError for whatever is no image."""
-    path = folder / MANIFEST
+    return _decode(folder / MANIFEST)
+
+
+def _decode(path: Path) -> Manifest:
     try:
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
     except OSError as error:
-        raise ImageError(f"'{folder}' is no image of a guest: {MANIFEST}: {error.strerror}") from None
+        raise ImageError(f"'{path.parent}' is no image of a guest: {path.name}: {error.strerror}") from None
     except msgspec.MsgspecError as error:
         raise ImageError(f"'{path}' is damaged: {error}") from None
     if manifest.format != FORMAT or manifest.version != FORMAT_VERSION:
@@ -287,6 +305,33 @@ def new_manifest(
         FORMAT, FORMAT_VERSION, header.machine, uuid, 0.0, (), len(devices), zlib.crc32(devices), len(description),
         zlib.crc32(description), tuple(entries), footers, ram_section_id, header.subsections, origin or {},
     )  # fmt: skip
+
+
+def _map(folder: Path, manifest: Manifest, *, writable: bool) -> GuestMemory:
+    files: dict[str, tuple[int, int]] = {}
+    try:
+        for block in manifest.blocks:
+            fd = os.open(folder / block.file, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+            files[block.name] = (fd, block.length)
+            if os.fstat(fd).st_size != block.length:
+                raise ImageError(f"'{folder / block.file}' has {os.fstat(fd).st_size} bytes, not {block.length}")
+    except (OSError, ImageError) as error:
+        for fd, _ in files.values():
+            os.close(fd)
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(f"'{error.filename}': {error.strerror}") from None
+    return GuestMemory(files, writable=writable)
+
+
+def _sections(manifest: Manifest, data: bytes) -> list[DeviceSection]:
+    return [
+        DeviceSection(
+            Item(entry.kind), entry.section_id, entry.idstr, entry.instance_id, entry.version_id,
+            data[entry.start : entry.start + entry.length], entry.start,
+        )
+        for entry in manifest.sections
+    ]  # fmt: skip
 
 
 def _sums(memory: GuestMemory, name: str) -> dict[int, int]:

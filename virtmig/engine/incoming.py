@@ -16,17 +16,19 @@ import time
 from dataclasses import dataclass
 
 from virtmig.engine.channels import Arrivals
+from virtmig.engine.image import Manifest
 from virtmig.engine.landing import Landing
 from virtmig.engine.loading import Epochs, Loading
 from virtmig.engine.transport import STALL_S, Connection, Listener, Stop
 from virtmig.errors import ChannelError, MigrationError, RemoteProtocolError
+from virtmig.pages import PAGE_BYTES
 from virtmig.progress import Whereabouts
 from virtmig.stream.channel import Expected, Identity, Role
 from virtmig.stream.channel_rules import Rule
 from virtmig.stream.commands import ping
 from virtmig.stream.decoder import PreemptDecoder, QemuStreamDecoder
 from virtmig.stream.encoder import encode_event
-from virtmig.stream.events import EndOfRam, Pages, ZeroPages
+from virtmig.stream.events import DeviceSection, EndOfRam, Pages, StreamHeader, ZeroPages
 from virtmig.stream.multifd import DeviceState, MultifdDecoder, MultifdHello, MultifdPacket
 from virtmig.stream.ram import RamReader
 from virtmig.stream.return_path import PageRequester, ReturnPathEvent, Shut, encode_return_path
@@ -135,6 +137,18 @@ class Incoming:
             loading.pages_normal, loading.pages_zero, loading.pages_twice, self._bytes, time.monotonic() - began,
             self._commit_s, loading.split, self._recoveries, tuple(self._channels),
         )  # fmt: skip
+
+    def continue_from(self, manifest: Manifest, sections: list[DeviceSection]) -> None:
+        """Before `run`: go on with a postcopy whose process has ended; the source sends every page again."""
+        header = StreamHeader(3, manifest.machine, manifest.subsections)
+        lengths = {block.name: block.length for block in manifest.blocks}
+        self.loading.restore(header, lengths, sections)
+        self.loading.ram_section_id = manifest.ram_section_id
+        self._ram = RamReader(known=lengths)
+        self._ram.huge = {block.name: block.page_size for block in manifest.blocks if block.page_size != PAGE_BYTES}
+        self._may_ask = False
+        self._paused_since = time.monotonic()
+        self._arrivals.recover()
 
     def request(self, block: str, start_bytes: int, length_bytes: int) -> None:
         """Ask the source for pages first; without effect while the connection is broken."""

@@ -79,6 +79,15 @@ class ImageLanding:
         self.manifest: Manifest | None = None
         self._devices_saved = False
 
+    @classmethod
+    def recover(cls, folder: Path) -> tuple[ImageLanding, Manifest, list[DeviceSection]]:
+        """Go on with an interrupted postcopy: the landing, what is known of the guest, and its device state."""
+        landing = cls.__new__(cls)
+        landing.writer, manifest, sections = ImageWriter.reopen(folder)
+        landing.manifest = None
+        landing._devices_saved = True
+        return landing, manifest, sections
+
     def attach(self, request: Request) -> None:
         """It asks for nothing: all of it comes by itself."""
 
@@ -115,7 +124,7 @@ class ImageLanding:
         """What is there is overwritten when the page comes; nothing runs that could read it before."""
 
     def devices_loaded(self, header: StreamHeader, sections: Sequence[DeviceSection]) -> None:
-        self.writer.save_devices(sections)
+        self.writer.save_devices(sections, new_manifest(header, sections))
         self._devices_saved = True
 
     def run(self) -> None:

@@ -25,8 +25,7 @@ from virtmig.engine.image import FORMAT, FORMAT_VERSION, BlockFile, Manifest
 from virtmig.engine.incoming import GIVEN_UP
 from virtmig.engine.lazy import PageReader, Remaining
 from virtmig.engine.memory import GuestMemory
-from virtmig.engine.outgoing import Report, SendResult, SendSettings
-from virtmig.engine.outgoing import _Outgoing as Outgoing
+from virtmig.engine.outgoing import Outgoing, Report, SendResult, SendSettings
 from virtmig.engine.process_guest import ProcessGuest
 from virtmig.engine.process_landing import DEVICE, DEVICE_VERSION, MACHINE
 from virtmig.engine.transport import Address, Stop

@@ -97,8 +97,8 @@ class Epochs:
 class Loading:
     """One guest on its way in.
 
-    `answer` writes a return path message, `resumed` is called when a broken postcopy goes on. `over` is True when everything that is to come has come. `split` is True from
-    the moment on that the source may not take the guest back.
+    `answer` writes a return path message, `resumed` is called when a broken postcopy goes on. `over` is True when
+    everything that is to come has come, `split` from the moment on that the source may not take the guest back.
     """
 
     def __init__(self, landing: Landing, answer: Answer, epochs: Epochs | None, resumed: Callable[[], None]) -> None:
@@ -124,6 +124,12 @@ class Loading:
         self._marker_is_eos: bool | None = None
         self._awaited: dict[str, npt.NDArray[np.bool_]] = {}
         self._counting = threading.Lock()
+
+    def restore(self, header: StreamHeader, lengths: dict[str, int], sections: list[DeviceSection]) -> None:
+        """Begin where another process left a postcopy: the devices are here, and every page is asked for again."""
+        self.header, self.lengths, self.sections = header, lengths, sections
+        self._awaited = {name: np.ones(length // PAGE_BYTES, np.bool_) for name, length in lengths.items()}
+        self.postcopy = self.split = self.return_path = True
 
     # -- main ------------------------------------------------------------------------------------------------------
 

@@ -27,18 +27,19 @@ from virtmig.stream.events import DeviceSection, StreamHeader
 MACHINE = "virtmig-process"
 DEVICE = "process-guest"
 DEVICE_VERSION = 1
+MADV_POPULATE_WRITE = 23  # Linux 5.14
 
 
 class ProcessLanding:
     """`guest` exists from `begin` on and belongs to the caller after success; `abandon` ends it.
 
-    `populate`: fill the memory with zeros beforehand, for a destination without first-touch costs (not for postcopy).
+    `prepared`: the blocks that will come (name -> bytes), when they are known: their memory is made and touched before
+    anything connects, as first touches cost as much as the whole transfer. Not for postcopy, where holes stay holes.
     """
 
-    def __init__(self, *, populate: bool = False, busy_poll_us: int = 0) -> None:
+    def __init__(self, *, prepared: Mapping[str, int] | None = None, busy_poll_us: int = 0) -> None:
         self.guest: ProcessGuest | None = None
         self.started = False
-        self._populate = populate
         self._busy_poll_us = busy_poll_us
         self._memory: GuestMemory | None = None
         self._awaited: dict[str, npt.NDArray[np.bool_]] = {}
@@ -47,18 +48,25 @@ class ProcessLanding:
         self._handler: FaultHandler | None = None
         self._stats: FaultStats | None = None
         self._loaded = False
+        if prepared is not None:
+            self._create(prepared)
+            for block in self.memory.blocks.values():
+                block.mapping.madvise(MADV_POPULATE_WRITE)
 
     def attach(self, request: Request) -> None:
         self._request = request
 
     def begin(self, blocks: Mapping[str, int], page_sizes: Mapping[str, int]) -> None:
+        if self.guest is None:
+            self._create(blocks)
+        elif self.guest.blocks != dict(blocks):
+            raise RemoteProtocolError(f"RAM blocks {dict(blocks)}, prepared are {self.guest.blocks}", channel="main")
+
+    def _create(self, blocks: Mapping[str, int]) -> None:
         self.guest = ProcessGuest.incoming(blocks)
         files = {name: (os.dup(fd), blocks[name]) for name, fd in self.guest.memfds.items()}
         self._memory = GuestMemory(files)
         self._awaited = {name: np.zeros(length // PAGE_BYTES, np.bool_) for name, length in blocks.items()}
-        if self._populate:
-            for block in self._memory.blocks.values():
-                block.bytes[::PAGE_BYTES] = 0
 
     @property
     def memory(self) -> GuestMemory:
@@ -120,7 +128,7 @@ class ProcessLanding:
         self.started = True
 
     def _missing(self, block: str, page: int) -> None:
-        """In the fault thread: a page that is to come is asked for; one that was zero in precopy is a hole of the file."""
+        """In the fault thread: what is to come is asked for; a page that was zero in precopy is a hole of the file."""
         if self._awaited[block][page]:
             self._request(block, page * PAGE_BYTES, PAGE_BYTES)
         elif self._handler is not None:
