@@ -137,6 +137,7 @@ VERBS: tuple[Verb, ...] = (
             Option(name="into", kind=Kind.STRING, help="the folder that is made", required=True),
             Option(name="parallel-connections", kind=Kind.NUMBER, help="number of the source's multifd channels "
                    "(nothing on the wire tells it)", minimum=1, maximum=255),
+            _switch("recover", "go on with a postcopy into that folder that was interrupted"),
             Option(name="stall-timeout", kind=Kind.NUMBER, help="a source that sends nothing for so long has failed "
                    "(default 60)", unit="s", minimum=1, maximum=86_400),
             Option(name="recover-timeout", kind=Kind.NUMBER, help="how long a broken postcopy waits for its source "
@@ -176,6 +177,24 @@ VERBS: tuple[Verb, ...] = (
             ("virtmig send /srv/web01.image tcp:127.0.0.1:4445 --postcopy", "the guest runs at once"),
             ("virtmig send /srv/web01.image tcp:127.0.0.1:4446 --postcopy --recover",
              "after a broken connection and migrate-recover"),
+        ),
+    ),
+    Verb(
+        name="inspect", help="show what a recorded migration or a saved guest holds", ours=True,
+        description="Show a migration stream, a file of virsh save, a mapped-ram file, one channel of a migration or a "
+        "folder with all of them (CHANNEL.s2d.xz): which QEMU may have written it, machine, capabilities, RAM blocks, "
+        "pages by kind, multifd packets, commands, device sections and their fields. A damaged file is shown up to the "
+        "damage, and the exit status is 1.",
+        options=(
+            Option(name="file", kind=Kind.FILE, help="a file, a folder, or - for standard input", positional=True,
+                   required=True),
+            _switch("events", "one line an event, with its offset"),
+            _switch("json", "the same as JSON: one object, or with --events one a line"),
+        ),
+        examples=(
+            ("virtmig inspect web01.save", "what virsh save wrote"),
+            ("virtmig inspect recording/ --json", "all channels of a recording, for a program"),
+            ("virtmig inspect - --events", "a stream from a pipe, as it comes"),
         ),
     ),
     Verb(
@@ -258,6 +277,7 @@ ENVIRONMENT: tuple[tuple[str, str], ...] = (
 EXIT_STATUS: tuple[tuple[str, str], ...] = (
     ("0", "it was done"),
     ("1", "anything else; with --exit-codes fine: it failed, and the guest runs on the source as before"),
+    ("2", "inspect: there was nothing to be shown (no such file, or no recording)"),
     ("3", "with --exit-codes fine: refused, nothing was started"),
     ("4", "with --exit-codes fine: aborted on request, the guest runs on the source"),
     ("5", "with --exit-codes fine: the guest needs attention"),

@@ -18,6 +18,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("emulator", found, ids=[getattr(each, "version_name", "none") for each in found])
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What needs a second QEMU is only run where there is one: `./dev compat`."""
+    if len(emulators()) < 2:
+        left = [item for item in items if item.get_closest_marker("compat")]
+        if left:
+            config.hook.pytest_deselected(items=left)
+            items[:] = [item for item in items if not item.get_closest_marker("compat")]
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """With more than one QEMU: what works with which, a line a scenario."""
     versions = sorted((each.version_name for each in emulators()), key=lambda version: [*map(int, version.split("."))])

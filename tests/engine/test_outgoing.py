@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.images import Waiting, dialect, emulator_or_skip, image_from, recording, waiting
+from tests.support.emulators import dialect
+from tests.support.images import Waiting, image_from, own_emulator, recording, waiting
 from tests.support.proxy import RecordingProxy
 from tests.support.qemu import QemuError
 from tests.support.recorder import Emulator
@@ -51,13 +52,6 @@ MODES: dict[str, Modes] = {
 LAZY = {"postcopy": POSTCOPY, "preempt": PREEMPT}
 #: a background so slow that the guest has to ask, and a broken connection finds much unsent
 SLOW_BYTES_PER_S = 600_000
-
-
-@pytest.fixture(
-    params=["7.2", pytest.param("10.0", marks=pytest.mark.compat), pytest.param("11.1", marks=pytest.mark.compat)]
-)
-def age(request: pytest.FixtureRequest) -> Emulator:
-    return emulator_or_skip(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -121,11 +115,11 @@ def arrived(waits: Waiting) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_each_way_brings_the_guest(mode: str, age: Emulator, folder_of: Callable[[str], Path]) -> None:
-    name = f"{age.version_name}-plain"
+def test_each_way_brings_the_guest(mode: str, emulator: Emulator, folder_of: Callable[[str], Path]) -> None:
+    name = f"{emulator.version_name}-plain"
     capabilities, parameters, settings = MODES[mode]
-    with waiting(age, recording(name), *capabilities, **parameters) as waits:
-        result = send(folder_of(name), waits.address, destination=dialect(age), **settings)
+    with waiting(emulator, recording(name), *capabilities, **parameters) as waits:
+        result = send(folder_of(name), waits.address, destination=dialect(emulator), **settings)
         assert result.pages_normal + result.pages_zero == sum(recording(name).about["blocks"].values()) // PAGE_BYTES
         assert 0 < result.switch_s <= result.elapsed_s
         arrived(waits)
@@ -135,7 +129,7 @@ def test_each_way_brings_the_guest(mode: str, age: Emulator, folder_of: Callable
 @pytest.mark.parametrize("mode", MODES)
 def test_a_checkpoint_of_7_2_goes_into_11_1(mode: str, folder_of: Callable[[str], Path]) -> None:
     capabilities, parameters, settings = MODES[mode]
-    with waiting(emulator_or_skip("11.1"), recording("7.2-plain"), *capabilities, **parameters) as waits:
+    with waiting(own_emulator("11.1"), recording("7.2-plain"), *capabilities, **parameters) as waits:
         send(folder_of("7.2-plain"), waits.address, destination=Dialect.QEMU_11_1, **settings)
         arrived(waits)
 
@@ -145,19 +139,19 @@ def test_a_checkpoint_of_7_2_goes_into_11_1(mode: str, folder_of: Callable[[str]
 @pytest.mark.parametrize("name", ["7.2-plain", "11.1-plain"])
 def test_multifd_may_be_on_with_postcopy_since_10_1(name: str, mode: str, folder_of: Callable[[str], Path]) -> None:
     capabilities, _, settings = LAZY[mode]
-    emulator = emulator_or_skip("11.1")
+    emulator = own_emulator("11.1")
     with waiting(emulator, recording(name), *capabilities, "multifd", multifd_channels=2) as waits:
         send(folder_of(name), waits.address, destination=dialect(emulator), multifd_channels=2, **settings)
         arrived(waits)
 
 
 @pytest.mark.parametrize("mode", LAZY)
-def test_a_guest_runs_while_its_memory_comes(mode: str, age: Emulator, folder_of: Callable[[str], Path]) -> None:
-    name = f"{age.version_name}-plain"
+def test_a_guest_runs_while_its_memory_comes(mode: str, emulator: Emulator, folder_of: Callable[[str], Path]) -> None:
+    name = f"{emulator.version_name}-plain"
     capabilities, _, settings = LAZY[mode]
-    with waiting(age, recording(name), *capabilities, runs=True) as waits:
+    with waiting(emulator, recording(name), *capabilities, runs=True) as waits:
         result = send(
-            folder_of(name), waits.address, destination=dialect(age), bandwidth_bytes_per_s=SLOW_BYTES_PER_S,
+            folder_of(name), waits.address, destination=dialect(emulator), bandwidth_bytes_per_s=SLOW_BYTES_PER_S,
             **settings,
         )  # fmt: skip
         waits.qemu.qmp.wait_status("completed")
@@ -171,7 +165,7 @@ def test_a_guest_runs_while_its_memory_comes(mode: str, age: Emulator, folder_of
 
 
 def test_a_unix_socket_will_do(folder_of: Callable[[str], Path]) -> None:
-    emulator = emulator_or_skip("7.2")
+    emulator = own_emulator("7.2")
     with waiting(emulator, recording("7.2-plain"), *PREEMPT[0], unix=True) as waits:
         send(folder_of("7.2-plain"), waits.address, destination=Dialect.QEMU_7_2, **PREEMPT[2])
         arrived(waits)
@@ -215,12 +209,12 @@ def test_a_host_page_of_2_mib_goes_whole(folder_of: Callable[[str], Path]) -> No
 @pytest.mark.parametrize("again", ["here", "in a new process"])
 @pytest.mark.parametrize("mode", LAZY)
 def test_a_broken_connection_pauses_the_guest_and_a_recovery_brings_the_rest(
-    mode: str, again: str, age: Emulator, folder_of: Callable[[str], Path]
+    mode: str, again: str, emulator: Emulator, folder_of: Callable[[str], Path]
 ) -> None:
-    name = f"{age.version_name}-plain"
+    name = f"{emulator.version_name}-plain"
     capabilities, _, settings = LAZY[mode]
     total = sum(recording(name).about["blocks"].values()) // PAGE_BYTES
-    with waiting(age, recording(name), *capabilities) as waits, RecordingProxy() as proxy:
+    with waiting(emulator, recording(name), *capabilities) as waits, RecordingProxy() as proxy:
         proxy.target_port = waits.address.port
         sent = 0
 
@@ -232,7 +226,7 @@ def test_a_broken_connection_pauses_the_guest_and_a_recovery_brings_the_rest(
 
         with pytest.raises(ChannelError) as failure:
             send(
-                folder_of(name), Address("127.0.0.1", proxy.port), destination=dialect(age), progress=cut,
+                folder_of(name), Address("127.0.0.1", proxy.port), destination=dialect(emulator), progress=cut,
                 bandwidth_bytes_per_s=SLOW_BYTES_PER_S, **settings,
             )  # fmt: skip
         assert failure.value.guest is Whereabouts.SPLIT
@@ -241,7 +235,7 @@ def test_a_broken_connection_pauses_the_guest_and_a_recovery_brings_the_rest(
 
         address = waits.recover()
         if again == "here":
-            result = send(folder_of(name), address, destination=dialect(age), recover=True, **settings)
+            result = send(folder_of(name), address, destination=dialect(emulator), recover=True, **settings)
             assert 0 < result.pages_normal + result.pages_zero < total
         else:
             code = (
@@ -255,7 +249,7 @@ def test_a_broken_connection_pauses_the_guest_and_a_recovery_brings_the_rest(
                 "    send_image(image, Address.parse(sys.argv[2]), settings, Stop())\n"
             )
             subprocess.run(
-                [sys.executable, "-c", code, str(folder_of(name)), str(address), dialect(age),
+                [sys.executable, "-c", code, str(folder_of(name)), str(address), dialect(emulator),
                  str("preempt" in settings)],
                 check=True,
             )  # fmt: skip
@@ -263,7 +257,7 @@ def test_a_broken_connection_pauses_the_guest_and_a_recovery_brings_the_rest(
 
 
 def test_a_recovery_that_breaks_can_be_tried_again(folder_of: Callable[[str], Path]) -> None:
-    emulator = emulator_or_skip("7.2")
+    emulator = own_emulator("7.2")
     folder = folder_of("7.2-plain")
     with waiting(emulator, recording("7.2-plain"), *POSTCOPY[0]) as waits:
         address = waits.address
@@ -306,7 +300,7 @@ def fail_send(monkeypatch: pytest.MonkeyPatch, number: int) -> list[str]:
 @pytest.mark.parametrize("mode", ["precopy", "multifd-2-none", "preempt"])
 def test_whichever_send_fails(mode: str, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """In precopy the destination has then failed; after RUN it is paused, and is recovered."""
-    emulator, folder = emulator_or_skip("7.2"), folder_of("7.2-plain")
+    emulator, folder = own_emulator("7.2"), folder_of("7.2-plain")
     capabilities, parameters, settings = MODES[mode]
     number, succeeded = 0, False
     while not succeeded:
@@ -356,7 +350,7 @@ STAGES = ["connecting", "switching", "pages", "finishing"]
 @pytest.mark.parametrize("mode", ["precopy", "multifd-2-zlib", "preempt"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_cancelled_at_any_stage(mode: str, stage: str, folder_of: Callable[[str], Path]) -> None:
-    emulator = emulator_or_skip("7.2")
+    emulator = own_emulator("7.2")
     capabilities, parameters, settings = MODES[mode]
     if stage == "switching" and mode != "preempt":
         stage = "pages"

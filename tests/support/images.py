@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import pytest
 
+from tests.support.emulators import emulators
 from tests.support.proxy import free_port
 from tests.support.qemu import Qemu
 from tests.support.recorder import MEMORY_MIB, Emulator
@@ -22,7 +19,7 @@ from virtmig.engine.transport import Address
 from virtmig.lab.guest import GuestSettings, boot_image
 from virtmig.stream.decoder import QemuStreamDecoder
 from virtmig.stream.events import Description, DeviceSection, Pages, RamBlocks, SectionBegin, StreamHeader, ZeroPages
-from virtmig.stream.wire import Dialect, Item
+from virtmig.stream.wire import Item
 
 BINARY = "/usr/bin/qemu-system-x86_64"
 #: a folder with one root file system for each further QEMU
@@ -62,21 +59,6 @@ def image_from(source: Recording, folder: Path) -> Path:
     writer.save_devices(sections)
     writer.commit(new_manifest(header, sections, description=description, ram_section_id=ram_id), description)
     return folder
-
-
-@cache
-def find_emulator(version: str) -> Emulator | None:
-    """The distribution's QEMU, or one below CHROOTS, whose version begins so."""
-    candidates = [Emulator(BINARY, Path("/"), version)]
-    if CHROOTS in os.environ:
-        candidates += [Emulator(BINARY, root, version) for root in sorted(Path(os.environ[CHROOTS]).iterdir())]
-    for candidate in candidates:
-        if not (candidate.root / BINARY[1:]).exists():
-            continue
-        answer = subprocess.run([*candidate.command, "--version"], capture_output=True, text=True, check=False)
-        if re.search(rf"version {re.escape(version)}\.", answer.stdout):
-            return candidate
-    return None
 
 
 @dataclass
@@ -138,12 +120,9 @@ def waiting(
             yield Waiting(qemu, address, source)
 
 
-def dialect(emulator: Emulator) -> Dialect:
-    return Dialect(emulator.version_name)
-
-
-def emulator_or_skip(version: str) -> Emulator:
-    found = find_emulator(version)
+def own_emulator(version: str = "") -> Emulator:
+    """The host's own QEMU, or the one of that version; the test is skipped when there is none."""
+    found = next((each for each in emulators() if not version or each.version_name == version), None)
     if found is None:
-        pytest.skip(f"no QEMU {version} here (a root file system with one below ${CHROOTS})")
+        pytest.skip(f"no QEMU {version or 'at all'} here (./dev compat brings them)")
     return found

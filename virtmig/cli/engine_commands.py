@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -15,16 +15,24 @@ from virtmig.errors import MigrationAborted, MigrationError
 from virtmig.progress import Whereabouts
 from virtmig.quantities import size_text
 
+if TYPE_CHECKING:
+    from virtmig.engine.outgoing import SendProgress
+
 _MIB = 1 << 20
 
 
 class _Asked:
-    """A signal stops what can be stopped safely; in a postcopy only a second one does, since it leaves a split guest."""
+    """A signal stops what can be stopped safely; in a postcopy only a second one does: it leaves a split guest."""
 
     def __init__(self, stop: Stop) -> None:
         self._stop = stop
         self.split: Callable[[], bool] = lambda: False
         self._warned = False
+
+    def follow(self, progress: SendProgress) -> None:
+        """Of a guest that is sent: once it runs there, stopping splits it."""
+        if progress.guest_runs and progress.stage != "finishing":
+            self.split = lambda: True
 
     def ask(self, why: str) -> None:
         if self.split() and not self._warned:
@@ -54,13 +62,18 @@ class _Say:
 
 def run_receive(values: dict[str, Any], *, quiet: bool) -> int:
     """Exit status 0 when the image is whole and the source knows."""
+    say = _Say(json=bool(values.get("json")), quiet=quiet)
+    stop = Stop()
+    with stop_on_signals(_Asked(stop)) as asked:
+        return _receive(values, say, stop, asked)
+
+
+def _receive(values: dict[str, Any], say: _Say, stop: Stop, asked: _Asked) -> int:
     from virtmig.engine.incoming import Incoming
     from virtmig.engine.landing import ImageLanding
 
-    say = _Say(json=bool(values.get("json")), quiet=quiet)
     address = Address.parse(str(values["address"]))
     folder = Path(str(values["into"]))
-    stop = Stop()
     again = ImageLanding.recover(folder) if values.get("recover") else None
     landing = again[0] if again else ImageLanding(folder)
     try:
@@ -69,7 +82,6 @@ def run_receive(values: dict[str, Any], *, quiet: bool) -> int:
         if again is None:
             landing.abandon()
         raise
-    asked = _Asked(stop)
     try:
         incoming = Incoming(
             listener,
@@ -83,8 +95,7 @@ def run_receive(values: dict[str, Any], *, quiet: bool) -> int:
         if again is not None:
             incoming.continue_from(again[1], again[2])
         say.event("listening", f"listening on {listener.address}", address=str(listener.address))
-        with stop_on_signals(asked):
-            received = incoming.run()
+        received = incoming.run()
     except MigrationError as error:
         if error.guest is Whereabouts.SPLIT:
             error.hint = (
@@ -98,8 +109,8 @@ def run_receive(values: dict[str, Any], *, quiet: bool) -> int:
     say.event(
         "received",
         f"the guest is at rest in {folder}: {size_text(received.bytes_received)} over {len(received.channels)} "
-        f"channel{'s' if len(received.channels) > 1 else ''} in {received.elapsed_s:.1f} s; its source stands still and "
-        "may be resumed",
+        f"channel{'s' if len(received.channels) > 1 else ''} in {received.elapsed_s:.1f} s; "
+        "its source stands still and may be resumed",
         folder=str(folder),
         **{name: getattr(received, name) for name in received.__slots__},
     )
@@ -127,12 +138,10 @@ def run_send(values: dict[str, Any], *, quiet: bool) -> int:
         stall_s=float(values.get("stall-timeout") or STALL_S),
     )
     stop = Stop()
-    asked = _Asked(stop)
-    with Image(folder) as image:
+    with stop_on_signals(_Asked(stop)) as asked, Image(folder) as image:
         if values.get("verify"):
             image.verify()
-        with stop_on_signals(asked):
-            result = send_image(image, address, settings, stop)
+        result = send_image(image, address, settings, stop, progress=asked.follow)
     say.event("sent", f"the guest of {folder} is at {address}", folder=str(folder), address=str(address),
               result=msgspec.to_builtins(result))  # fmt: skip
     return 0

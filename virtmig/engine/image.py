@@ -6,8 +6,8 @@
            description.json  QEMU's description of the device sections; absent after a postcopy
 
 It is made beside its place, as .NAME.*.incoming, and gets its name when everything is on the disk: a folder of that
-name is a whole image or was never one of ours. The source learns of success only afterwards. In a postcopy what is being
-received is the guest: it stays where it is after a failure, and `ImageWriter.reopen` goes on with it.
+name is a whole image or was never one of ours. The source learns of success only afterwards. In a postcopy what is
+being received is the guest: it stays where it is after a failure, and `ImageWriter.reopen` goes on with it.
 """
 
 from __future__ import annotations
