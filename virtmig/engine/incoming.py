@@ -13,6 +13,7 @@ import contextlib
 import socket
 import threading
 import time
+import traceback
 from dataclasses import dataclass
 
 from virtmig.engine.channels import Arrivals
@@ -186,6 +187,7 @@ class Incoming:
         try:
             work(connection, identity)  # type: ignore[operator]
         except MigrationError as error:
+            traceback.clear_frames(error.__traceback__)  # what they held of the guest's memory could not be unmapped
             if identity.role is Role.PREEMPT and not self.loading.split:
                 connection.shutdown()  # nothing is sent there before LISTEN: a stranger
                 self._arrivals.forget(identity)

@@ -17,6 +17,7 @@ import socket
 import threading
 import time
 import traceback
+import traceback
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -394,6 +395,7 @@ class Outgoing:
         try:
             work()
         except MigrationError as error:
+            traceback.clear_frames(error.__traceback__)  # what they held of the guest's memory could not be unmapped
             self._stop.request(error)
             _let_go(error)
         except BaseException as error:  # a defect of ours: it must not leave the others waiting
