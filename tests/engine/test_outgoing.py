@@ -136,7 +136,7 @@ def test_a_checkpoint_of_7_2_goes_into_11_1(mode: str, folder_of: Callable[[str]
 
 @pytest.mark.compat
 @pytest.mark.parametrize("mode", LAZY)
-@pytest.mark.parametrize("name", ["7.2-plain", "11.1-plain"])
+@pytest.mark.parametrize("name", ["7.2-plain", "11.1-plain"], ids=["image of 7.2", "image of 11.1"])
 def test_multifd_may_be_on_with_postcopy_since_10_1(name: str, mode: str, folder_of: Callable[[str], Path]) -> None:
     capabilities, _, settings = LAZY[mode]
     emulator = own_emulator("11.1")
@@ -164,10 +164,10 @@ def test_a_guest_runs_while_its_memory_comes(mode: str, emulator: Emulator, fold
         assert check_memory(content[FIRST_BYTE:], count).counter > recording(name).about["memory"]["walk_counter"]
 
 
-def test_a_unix_socket_will_do(folder_of: Callable[[str], Path]) -> None:
-    emulator = own_emulator("7.2")
-    with waiting(emulator, recording("7.2-plain"), *PREEMPT[0], unix=True) as waits:
-        send(folder_of("7.2-plain"), waits.address, destination=Dialect.QEMU_7_2, **PREEMPT[2])
+def test_a_unix_socket_will_do(emulator: Emulator, folder_of: Callable[[str], Path]) -> None:
+    name = f"{emulator.version_name}-plain"
+    with waiting(emulator, recording(name), *PREEMPT[0], unix=True) as waits:
+        send(folder_of(name), waits.address, destination=dialect(emulator), **PREEMPT[2])
         arrived(waits)
 
 
@@ -256,10 +256,10 @@ def test_a_broken_connection_pauses_the_guest_and_a_recovery_brings_the_rest(
         arrived(waits)
 
 
-def test_a_recovery_that_breaks_can_be_tried_again(folder_of: Callable[[str], Path]) -> None:
-    emulator = own_emulator("7.2")
-    folder = folder_of("7.2-plain")
-    with waiting(emulator, recording("7.2-plain"), *POSTCOPY[0]) as waits:
+def test_a_recovery_that_breaks_can_be_tried_again(emulator: Emulator, folder_of: Callable[[str], Path]) -> None:
+    name = f"{emulator.version_name}-plain"
+    folder = folder_of(name)
+    with waiting(emulator, recording(name), *POSTCOPY[0]) as waits:
         address = waits.address
         for recover in (False, True, True):
             stop = Stop()
@@ -270,12 +270,12 @@ def test_a_recovery_that_breaks_can_be_tried_again(folder_of: Callable[[str], Pa
 
             since = len(waits.qemu.qmp.events)
             with pytest.raises(MigrationAborted) as failure:
-                send(folder, address, stop, enough, destination=Dialect.QEMU_7_2, postcopy=True, recover=recover,
+                send(folder, address, stop, enough, destination=dialect(emulator), postcopy=True, recover=recover,
                      bandwidth_bytes_per_s=SLOW_BYTES_PER_S)  # fmt: skip
             assert failure.value.guest is Whereabouts.SPLIT
             waits.qemu.qmp.wait_status("postcopy-paused", since=since)
             address = waits.recover()
-        send(folder, address, destination=Dialect.QEMU_7_2, recover=True)
+        send(folder, address, destination=dialect(emulator), recover=True)
         arrived(waits)
 
 
@@ -298,21 +298,24 @@ def fail_send(monkeypatch: pytest.MonkeyPatch, number: int) -> list[str]:
 
 
 @pytest.mark.parametrize("mode", ["precopy", "multifd-2-none", "preempt"])
-def test_whichever_send_fails(mode: str, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whichever_send_fails(
+    mode: str, emulator: Emulator, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In precopy the destination has then failed; after RUN it is paused, and is recovered."""
-    emulator, folder = own_emulator("7.2"), folder_of("7.2-plain")
+    name = f"{emulator.version_name}-plain"
+    folder = folder_of(name)
     capabilities, parameters, settings = MODES[mode]
     number, succeeded = 0, False
     while not succeeded:
         # the first sends one by one; between the pages all are alike
         number += 1 if number < 8 else 9
         with (
-            waiting(emulator, recording("7.2-plain"), *capabilities, **parameters) as waits,
+            waiting(emulator, recording(name), *capabilities, **parameters) as waits,
             monkeypatch.context() as m,
         ):
             written = fail_send(m, number)
             try:
-                send(folder, waits.address, destination=Dialect.QEMU_7_2, **settings)
+                send(folder, waits.address, destination=dialect(emulator), **settings)
                 succeeded = True
             except ChannelError as error:
                 assert "made to fail" in error.message
@@ -321,7 +324,7 @@ def test_whichever_send_fails(mode: str, folder_of: Callable[[str], Path], monke
                     assert mode == "preempt"
                     if "never ran" in error.hint and not is_paused(waits):
                         continue
-                    send(folder, waits.recover(), destination=Dialect.QEMU_7_2, recover=True, preempt=True)
+                    send(folder, waits.recover(), destination=dialect(emulator), recover=True, preempt=True)
                     arrived(waits)
                 elif error.guest is Whereabouts.SOURCE:
                     assert len(written) == number or mode != "precopy"
@@ -349,8 +352,8 @@ STAGES = ["connecting", "switching", "pages", "finishing"]
 
 @pytest.mark.parametrize("mode", ["precopy", "multifd-2-zlib", "preempt"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_cancelled_at_any_stage(mode: str, stage: str, folder_of: Callable[[str], Path]) -> None:
-    emulator = own_emulator("7.2")
+def test_cancelled_at_any_stage(mode: str, stage: str, emulator: Emulator, folder_of: Callable[[str], Path]) -> None:
+    name = f"{emulator.version_name}-plain"
     capabilities, parameters, settings = MODES[mode]
     if stage == "switching" and mode != "preempt":
         stage = "pages"
@@ -360,9 +363,9 @@ def test_cancelled_at_any_stage(mode: str, stage: str, folder_of: Callable[[str]
         if report.stage == stage:
             stop.request()
 
-    with waiting(emulator, recording("7.2-plain"), *capabilities, **parameters) as waits:
+    with waiting(emulator, recording(name), *capabilities, **parameters) as waits:
         with pytest.raises(MigrationAborted) as failure:
-            send(folder_of("7.2-plain"), waits.address, stop, cancel, destination=Dialect.QEMU_7_2,
+            send(folder_of(name), waits.address, stop, cancel, destination=dialect(emulator),
                  bandwidth_bytes_per_s=SLOW_BYTES_PER_S if stage == "pages" else None, **settings)  # fmt: skip
         split = mode == "preempt" and stage in ("pages", "finishing")
         assert failure.value.guest is (Whereabouts.SPLIT if split else Whereabouts.SOURCE)

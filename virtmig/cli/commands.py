@@ -182,3 +182,9 @@ def run_send(values: dict[str, Any], options: GlobalOptions) -> int:
     from virtmig.cli.engine_commands import run_send as run
 
     return run(values, quiet=options.quiet)
+
+
+def run_inspect(values: dict[str, Any], options: GlobalOptions) -> int:
+    from virtmig.cli.inspect import run_inspect as run
+
+    return run(values)

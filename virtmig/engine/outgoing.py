@@ -17,7 +17,6 @@ import socket
 import threading
 import time
 import traceback
-import traceback
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence

@@ -16,6 +16,9 @@ multifd_compression.py  zlib and zstd, one stream per channel
 return_path.py          the destination's side of the main connection, both ways
 channel.py              identify(): which channel is this connection?
 channel_rules.py        what each QEMU does about that, as tables
+multifd_epochs.py       syncs of all channels against the marks on main
+summary.py              what a stream holds, counted (virtmig inspect); summary_rows.py its result
+version_guess.py        which QEMU wrote it, and why
 lifecycle.py            migration and postcopy states, as transition tables
 mapped_ram.py           RAM at fixed places in a file, both ways
 """
