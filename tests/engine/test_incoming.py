@@ -136,6 +136,36 @@ def test_xbzrle(emulator: Emulator, tmp_path: Path) -> None:
         same_memory(source, tmp_path / "image")
 
 
+def test_compress_of_old_qemus(emulator: Emulator, tmp_path: Path) -> None:
+    """One zlib stream a page; the capability went with 9.1, so newer ones only show that it is gone."""
+    if dialect(emulator) is not Dialect.QEMU_7_2:
+        with lab_source(emulator) as (source, _), pytest.raises(QemuError, match="compress"):
+            source.set_capabilities(["compress"])
+        return
+    with (
+        lab_source(emulator, capabilities=("compress", "return-path")) as (source, _),
+        receiving(tmp_path / "image") as destination,
+    ):
+        source.qmp.execute("migrate", uri=str(destination.listener.address))
+        destination.result()
+        source.qmp.wait_status("completed")
+        assert source.qmp.execute("query-migrate")["compression"]["pages"] > 0
+        same_memory(source, tmp_path / "image")
+
+
+def test_memory_that_would_not_come_is_refused(emulator: Emulator, tmp_path: Path, nothing_left: None) -> None:
+    with (
+        lab_source(emulator, capabilities=("x-ignore-shared", "return-path"), shared=True) as (source, _),
+        receiving(tmp_path / "image") as destination,
+    ):
+        source.qmp.execute("migrate", uri=str(destination.listener.address))
+        with pytest.raises(MigrationError, match=r"leaves out shared memory \(pc\.ram") as error:
+            destination.result()
+        assert "x-ignore-shared" in error.value.hint
+        fails(source)
+        assert list(tmp_path.iterdir()) == []
+
+
 def postcopy_cases(emulator: Emulator) -> list[tuple[tuple[str, ...], int]]:
     cases: list[tuple[tuple[str, ...], int]] = [(POSTCOPY, 0), (PREEMPT, 0)]
     if dialect(emulator) is Dialect.QEMU_11_1:

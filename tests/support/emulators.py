@@ -68,6 +68,7 @@ class LabQemu(Qemu):
         settings: GuestSettings | None = None,
         machine: str = "pc",
         memory_kib: int = MEMORY_KIB,
+        shared: bool = False,
     ) -> None:
         here, there = folder
         self.settings = settings or GuestSettings(memory_mib=64, walk_mib=2, dirty_mib_s=8)
@@ -77,6 +78,10 @@ class LabQemu(Qemu):
         floppy = f"if=floppy,format=raw,readonly=on,file={there}/boot.img"
         arguments = ["-M", machine, "-accel", "tcg", "-m", f"{memory_kib}K", "-display", "none", "-nodefaults",
                      "-bios", "bios.bin", "-boot", "a", "-drive", floppy, *more]  # fmt: skip
+        if shared:
+            arguments[1] += ",memory-backend=pc.ram"
+            backend = f"memory-backend-file,id=pc.ram,size={memory_kib}K,share=on,mem-path={there}/ram"
+            arguments += ["-object", backend]
         super().__init__(emulator.command, arguments, name=name, stderr=here / f"{name}.stderr")
 
     def memory(self) -> dict[str, bytes]:
@@ -95,10 +100,15 @@ class LabQemu(Qemu):
 
 @contextmanager
 def lab_source(
-    emulator: Emulator, *, capabilities: Sequence[str] = ("return-path",), machine: str = "pc", **parameters: int | str
+    emulator: Emulator,
+    *,
+    capabilities: Sequence[str] = ("return-path",),
+    machine: str = "pc",
+    shared: bool = False,
+    **parameters: int | str,
 ) -> Iterator[tuple[LabQemu, tuple[Path, str]]]:
     """A running guest that is ready to be migrated, and the folder it shares with us."""
-    with emulator.folder() as folder, LabQemu(emulator, folder, machine=machine) as source:
+    with emulator.folder() as folder, LabQemu(emulator, folder, machine=machine, shared=shared) as source:
         source.wait_heartbeat(2)
         source.set_capabilities([*capabilities, "events"])
         source.set_parameters({"max-bandwidth": 1 << 30, "downtime-limit": 2000, **parameters})
