@@ -24,7 +24,7 @@ from virtmig.engine.dirty import Runs, WriteTracker, page_count, pages_of, track
 from virtmig.engine.image import FORMAT, FORMAT_VERSION, BlockFile, Manifest
 from virtmig.engine.incoming import GIVEN_UP
 from virtmig.engine.lazy import PageReader, Remaining
-from virtmig.engine.memory import GuestMemory
+from virtmig.engine.memory import GuestMemory, holes_and_data
 from virtmig.engine.outgoing import Outgoing, Report, SendResult, SendSettings
 from virtmig.engine.process_guest import ProcessGuest
 from virtmig.engine.process_landing import DEVICE, DEVICE_VERSION, MACHINE
@@ -105,12 +105,18 @@ class GuestView:
 
 
 class LiveReader(PageReader):
-    """Pages of memory that is being written: what was a hole a moment ago may not be one any more."""
+    """Pages of memory that is being written."""
 
-    def __init__(self, view: GuestView) -> None:
-        super().__init__(view)  # type: ignore[arg-type]
-        for held in self._held.values():
-            held[:] = True
+    def refresh(self) -> None:
+        """Look for holes anew, once a pass and after its pages were taken from the tracker.
+
+        A hole is zero without being read, which would fill it. What is written into it from now on is in the next pass.
+        """
+        for name, block in self._memory.blocks.items():
+            held = self._held[name]
+            held[:] = False
+            for start, end in holes_and_data(block.fd, block.length):
+                held[start // PAGE_BYTES : -(-end // PAGE_BYTES)] = True
 
 
 def migrate_guest(
@@ -160,7 +166,7 @@ class _Live(Outgoing):
     ) -> None:
         super().__init__(view, address, settings, stop, progress)  # type: ignore[arg-type]
         self._guest = view.guest
-        self._reader = LiveReader(view)
+        self._reader: LiveReader = LiveReader(view)  # type: ignore[arg-type]
         self._pages = Remaining(self._reader)
         self._decide = decide
         self._passes: list[Pass] = []
@@ -264,6 +270,7 @@ class _Live(Outgoing):
             left = np.zeros(self._reader.lengths[name] // PAGE_BYTES, np.bool_)
             left[pages_of(pending[name])] = True
             self._pages.drop(name, np.flatnonzero(~left).astype(np.uint64))
+        self._reader.refresh()
         parts = [encoder.command(each) for each in _discards(pending)]
         inside: list[object] = [command(Number.POSTCOPY_LISTEN)]
         for section in self._image.device_sections():
@@ -279,6 +286,7 @@ class _Live(Outgoing):
     def _send(self, pending: dict[str, Runs]) -> int:
         """Inside an open section: the pages, those that are zero as such. Returns how many."""
         count = 0
+        self._reader.refresh()
         for name, pages in _pieces(pending):
             self._stop.check()
             while not self._wait_pace():

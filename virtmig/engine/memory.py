@@ -154,16 +154,19 @@ def nonzero_pages(block: Bytes, first_page: int = 0, count: int | None = None) -
 
 
 def holes_and_data(fd: int, length: int) -> Iterator[tuple[int, int]]:
-    """The (start, end) byte ranges of a sparse file that may hold data (SEEK_DATA, SEEK_HOLE); the rest is zero."""
+    """The (start, end) byte ranges of a sparse file that may hold data (SEEK_DATA, SEEK_HOLE); the rest is zero.
+
+    Ascending. Each step walks the file as far as its data goes: to be asked of a whole file, not of its parts.
+    """
     at = 0
     while at < length:
         try:
             start = os.lseek(fd, at, os.SEEK_DATA)
         except OSError:
             return
-        end = min(os.lseek(fd, start, os.SEEK_HOLE), length)
         if start >= length:
             return
+        end = min(os.lseek(fd, start, os.SEEK_HOLE), length)
         yield start, end
         at = end
 
