@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -142,7 +143,7 @@ def test_the_line_for_the_administrator(
     release = tmp_path / "os-release"
     release.write_text(RELEASES[distribution])
     env = {"VIRTMIG_OS_RELEASE": str(release), "VIRTMIG_PYTHON": sys.executable, "PATH": bare_path}
-    result = run_dev("--offline", "demo", script=checkout / "dev", env=env)
+    result = run_dev("--offline", "setup", script=checkout / "dev", env=env)
     assert result.returncode == 1
     lines = [line.strip() for line in result.stderr.splitlines() if line.startswith("    ")]
     assert len(lines) == 1, result.stderr
@@ -157,11 +158,134 @@ def test_a_distribution_that_is_not_known(checkout: Path, bare_path: str, tmp_pa
     release = tmp_path / "os-release"
     release.write_text("ID=plan9\n")
     env = {"VIRTMIG_OS_RELEASE": str(release), "VIRTMIG_PYTHON": sys.executable, "PATH": bare_path}
-    result = run_dev("demo", script=checkout / "dev", env=env)
+    result = run_dev("setup", script=checkout / "dev", env=env)
     assert result.returncode == 1
     assert "missing on this machine:" in result.stderr
     assert " virsh" in result.stderr
     assert "plan9" in result.stderr
+
+
+#: an interpreter that notes what it is asked for; pip and the demos only say that they were run
+FAKE_PYTHON = """#!/bin/sh
+printf '%s\\n' "$*" >>"$FAKE_LOG"
+case "$1 $2" in
+    "-m pip") case "$*" in *"$FAKE_PIP_FAILS"*) exit 1 ;; *) exit 0 ;; esac ;;
+    "-m virtmig"*) echo "ran $*" && exit 0 ;;
+    *"$FAKE_MISSING"*) exit 1 ;;
+esac
+exec "{real}" "$@"
+"""
+
+
+class FakeMachine:
+    """A machine without hypervisor and compiler; `run` is ./dev there, with an environment that pip never touches."""
+
+    def __init__(self, checkout: Path, path: str, tmp_path: Path) -> None:
+        self.checkout = checkout
+        self.log = tmp_path / "asked"
+        self.requirements = checkout / ".dev/requirements.txt"
+        self.stamp = checkout / ".venv/dev.stamp"
+        self.engine_stamp = checkout / ".venv/dev.engine-stamp"
+        release = tmp_path / "os-release"
+        release.write_text(RELEASES["debian"])
+        python = checkout / ".venv/bin/python"
+        python.parent.mkdir(parents=True)
+        python.write_text(FAKE_PYTHON.replace("{real}", sys.executable))
+        python.chmod(0o755)
+        self.env = {
+            "PATH": path,
+            "VIRTMIG_OS_RELEASE": str(release),
+            "VIRTMIG_PYTHON": str(python),
+            "FAKE_LOG": str(self.log),
+            "FAKE_PIP_FAILS": "nothing",
+            "FAKE_MISSING": "import libvirt",
+        }
+
+    def run(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        self.log.unlink(missing_ok=True)
+        return run_dev(*arguments, script=self.checkout / "dev", env=self.env | env)
+
+    @property
+    def installed(self) -> list[str]:
+        """What pip was asked to install, since `run`."""
+        asked = self.log.read_text().splitlines()
+        return [line.split("install ", 1)[1] for line in asked if line.startswith("-m pip install ")]
+
+
+@pytest.fixture
+def machine(checkout: Path, bare_path: str, tmp_path: Path) -> FakeMachine:
+    return FakeMachine(checkout, bare_path, tmp_path)
+
+
+def test_a_demo_without_a_hypervisor_is_the_engines(machine: FakeMachine) -> None:
+    result = machine.run("--no-system", "demo")
+    assert (result.returncode, result.stdout) == (0, "ran -m virtmig.engine.demo\n"), result.stderr
+    assert len([line for line in result.stderr.splitlines() if line.startswith("    apt-get install ")]) == 1
+    assert "virtmig's own engine" in result.stderr
+    assert machine.installed == ["--requirement .dev/requirements.txt", "--no-deps --editable ."]
+    needed = machine.requirements.read_text()
+    assert "numpy" in needed
+    assert "msgspec" in needed
+    assert "libvirt" not in needed
+    assert machine.engine_stamp.exists()
+    assert not machine.stamp.exists()
+
+
+def test_a_second_demo_installs_nothing_and_a_set_up_is_still_incomplete(machine: FakeMachine) -> None:
+    machine.run("--no-system", "demo")
+    result = machine.run("--no-system", "demo")
+    assert (result.returncode, result.stdout) == (0, "ran -m virtmig.engine.demo\n")
+    assert machine.installed == []
+    result = machine.run("--no-system", "setup")
+    assert result.returncode == 1
+    assert "missing on this machine:" in result.stderr
+
+
+def test_a_demo_on_a_distribution_that_is_not_known(machine: FakeMachine) -> None:
+    Path(machine.env["VIRTMIG_OS_RELEASE"]).write_text("ID=plan9\n")
+    result = machine.run("demo")
+    assert (result.returncode, result.stdout) == (0, "ran -m virtmig.engine.demo\n")
+    assert "plan9" in result.stderr
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libvirt"), reason="libvirt's Python binding is not installed")
+def test_with_the_binding_at_hand_the_set_up_of_python_is_complete(machine: FakeMachine) -> None:
+    result = machine.run("--no-system", "demo", FAKE_MISSING="nothing of this name")
+    assert machine.stamp.exists()
+    assert result.stdout == "ran -m virtmig.engine.demo\n"
+    assert machine.installed == ["--editable .[dev]"]
+    assert not machine.engine_stamp.exists()
+
+
+def test_a_binding_that_cannot_be_built_does_not_stop_the_demo(machine: FakeMachine) -> None:
+    result = machine.run("--no-system", "demo", FAKE_MISSING="nothing of this name", FAKE_PIP_FAILS="[dev]")
+    assert (result.returncode, result.stdout) == (0, "ran -m virtmig.engine.demo\n")
+    assert machine.installed[-2:] == ["--requirement .dev/requirements.txt", "--no-deps --editable ."]
+    assert machine.engine_stamp.exists()
+    assert not machine.stamp.exists()
+
+
+def test_packages_that_cannot_be_had_are_an_error(machine: FakeMachine) -> None:
+    result = machine.run("--no-system", "demo", FAKE_PIP_FAILS="install")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert not machine.engine_stamp.exists()
+    assert not machine.stamp.exists()
+
+
+def test_the_engines_demo_when_it_is_asked_for(machine: FakeMachine) -> None:
+    result = machine.run("demo", "--engine", "--memory", "16")
+    assert (result.returncode, result.stdout) == (0, "ran -m virtmig.engine.demo --memory 16\n"), result.stderr
+    assert "missing" not in result.stderr
+    assert machine.installed == ["--requirement .dev/requirements.txt", "--no-deps --editable ."]
+
+
+def test_without_any_way_to_an_environment_there_is_no_demo(machine: FakeMachine) -> None:
+    python = machine.checkout.parent / "python"
+    (machine.checkout / ".venv/bin/python").rename(python)
+    env = {"VIRTMIG_PYTHON": str(python), "FAKE_MISSING": "import ensurepip"}
+    result = machine.run("--no-system", "demo", **env)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert " ensurepip" in result.stderr
 
 
 def test_a_row_for_every_need_and_a_need_for_every_row() -> None:

@@ -89,10 +89,8 @@ def went_well(result: subprocess.CompletedProcess[str]) -> list[str]:
 def test_there_by_precopy_and_back_by_postcopy(tmp_path: Path) -> None:
     lines = went_well(run(tmp_path))
     assert "engine A -> engine B: precopy over 2 multifd channels" in lines
-    assert (
-        "engine B -> engine A: one pass of precopy over 2 multifd channels, then postcopy with a preempt channel"
-        in lines
-    )
+    back = "one pass of precopy over 2 multifd channels, then postcopy with a preempt channel"
+    assert f"engine B -> engine A: {back}" in lines
     assert any(line.startswith("  pass 1: 8.00 MiB at ") for line in lines)
     assert any(re.match(r"  faults: [1-9]", line) for line in lines)
 
@@ -101,7 +99,7 @@ def test_there_by_precopy_and_back_by_postcopy(tmp_path: Path) -> None:
 @x86_64
 def test_without_write_tracking_postcopy_takes_all_of_it(tmp_path: Path) -> None:
     lines = went_well(run(tmp_path, refuse((IOCTL, PAGEMAP_SCAN, errno.ENOTTY))))
-    assert any(line.startswith("  no live precopy: the guest's writes cannot be tracked: ") for line in lines)
+    assert any(line.startswith("  no live precopy: ") for line in lines)
     assert "engine A -> engine B: the guest is paused, moved over 2 multifd channels, and resumed" in lines
     assert "engine B -> engine A: postcopy from the first byte, with a preempt channel" in lines
     assert any(re.match(r"  faults: \d+, [1-9]\d* pages asked for", line) for line in lines)
@@ -111,14 +109,22 @@ def test_without_write_tracking_postcopy_takes_all_of_it(tmp_path: Path) -> None
 def test_without_userfaultfd_the_guest_is_paused_on_its_way(tmp_path: Path) -> None:
     refused = [(SYSCALL_NUMBERS["x86_64"], None, errno.EPERM), (IOCTL, USERFAULTFD_IOC_NEW, errno.EPERM)]
     lines = went_well(run(tmp_path, refuse(*refused)))
-    assert any(line.startswith("  no postcopy: ") and "userfaultfd" in line for line in lines)
+    assert any(line.startswith("  no live precopy, no postcopy: userfaultfd is not permitted") for line in lines)
     for way in ("A -> engine B", "B -> engine A"):
         assert f"engine {way}: the guest is paused, moved over 2 multifd channels, and resumed" in lines
     assert not any("faults:" in line for line in lines)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("marker", ["virtmig demo", "  up in", "engine A", "  downtime", "engine B"])
+@pytest.mark.parametrize(
+    ("number", "marker"),
+    [
+        (signal.SIGTERM, "virtmig demo"),
+        (signal.SIGINT, "  up in"),
+        (signal.SIGTERM, "engine A"),
+        (signal.SIGHUP, "  downtime"),
+        (signal.SIGINT, "engine B"),
+    ],
+)
 def test_a_signal_ends_all_of_it(number: signal.Signals, marker: str, tmp_path: Path) -> None:
     command = [*COMMAND, "--memory", "32"]
     with subprocess.Popen(
@@ -173,6 +179,6 @@ def test_the_first_line_says_what_is_missing(here: bool, monkeypatch: pytest.Mon
     monkeypatch.setattr(demo_module.os, "access", lambda path, mode: here)
     monkeypatch.setattr(demo_module.importlib.util, "find_spec", lambda name: name if here else None)
     line = demo_module.first_line()
-    assert ("no QEMU and no libvirt and no libvirt's Python binding here" in line) is not here
+    assert ("no QEMU, no libvirt, no libvirt's Python binding here" in line) is not here
     assert ("QEMU and libvirt are not used" in line) is here
     assert ("./dev setup" in line) is not here

@@ -27,7 +27,7 @@ from virtmig.progress import Whereabouts
 _facts = tracking_available()
 pytestmark = pytest.mark.skipif(not _facts.available, reason=f"writes cannot be tracked: {_facts.reason}")
 
-BLOCKS = {"ram": 24 << 20, "vram": 1 << 20}
+BLOCKS = {"ram": 16 << 20, "vram": 1 << 20}
 SWITCH_AT_ONCE = Settle(downtime_limit_ms=10_000)
 POSTCOPY_AT_ONCE = Settle(downtime_limit_ms=0, postcopy_after_passes=1)
 
@@ -71,10 +71,12 @@ class There:
 
 
 @contextmanager
-def two(channels: int = 0, guest: GuestSettings | None = None, **options: Any) -> Iterator[tuple[ProcessGuest, There]]:
+def two(
+    channels: int = 0, guest: GuestSettings | None = None, blocks: dict[str, int] = BLOCKS, **options: Any
+) -> Iterator[tuple[ProcessGuest, There]]:
     there = There(channels, **options)
     try:
-        with ProcessGuest.start(BLOCKS, guest or GuestSettings(rate_mib_s=40, fill="random")) as here:
+        with ProcessGuest.start(blocks, guest or GuestSettings(rate_mib_s=40, fill="random")) as here:
             eventually(lambda: here.pages_written > 200, "the guest writes")
             yield here, there
     finally:
@@ -285,17 +287,23 @@ def test_guest_process_that_is_killed_is_noticed() -> None:
 @pytest.mark.parametrize("silent", [False, True], ids=["dead socket", "silent socket"])
 def test_broken_postcopy_is_recovered_twice(preempt: bool, silent: bool, nothing_left: None) -> None:
     """Cut in postcopy, recover over a wire that is cut again, recover once more: whole, and no page twice."""
-    with two(0, GuestSettings(pattern="random", fill="random"), stall_s=1.0 if silent else 10.0) as (here, there):
-        slow = SendSettings(postcopy=True, preempt=preempt, bandwidth_bytes_per_s=6 << 20,
-                            stall_s=1.0 if silent else 10.0)  # fmt: skip
+    stall_s = 0.5 if silent else 10.0
+    guest = GuestSettings(pattern="random", fill="random")
+    with two(0, guest, {"ram": 8 << 20}, stall_s=stall_s) as (here, there):
+        slow = SendSettings(postcopy=True, preempt=preempt, bandwidth_bytes_per_s=8 << 20, stall_s=stall_s)
 
         def cut_at(carried: int, call: Any) -> None:
             with RecordingProxy() as proxy:
                 proxy.target_port = there.listener.address.port
-                cutter = threading.Thread(
-                    target=lambda: (proxy.wait_carried("s2d", carried), proxy.freeze() if silent else proxy.cut()),
-                    name="cutter",
-                )
+
+                def cut() -> None:
+                    proxy.wait_carried("s2d", carried, 20, together=True)
+                    if silent:
+                        proxy.freeze()
+                    else:
+                        proxy.cut()
+
+                cutter = threading.Thread(target=cut, name="cutter")
                 cutter.start()
                 with pytest.raises(MigrationError) as error:
                     call(Address("127.0.0.1", proxy.port))
@@ -303,10 +311,9 @@ def test_broken_postcopy_is_recovered_twice(preempt: bool, silent: bool, nothing
                 assert error.value.guest is Whereabouts.SPLIT
             eventually(lambda: there.incoming.paused, "a pause at the destination")
 
-        first = sum(BLOCKS.values()) + (4 << 20)
-        cut_at(first, lambda a: migrate_guest(here, a, slow, Stop(), decide=POSTCOPY_AT_ONCE))
+        cut_at((8 << 20) + (2 << 20), lambda a: migrate_guest(here, a, slow, Stop(), decide=POSTCOPY_AT_ONCE))
         assert not here.running
-        cut_at(3 << 20, lambda a: recover_guest(here, a, slow, Stop()))
+        cut_at(1 << 20, lambda a: recover_guest(here, a, slow, Stop()))
         recover_guest(here, there.listener.address, SendSettings(postcopy=True, preempt=preempt), Stop())
         received = there.result()
         arrived(here, there)

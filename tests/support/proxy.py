@@ -76,11 +76,12 @@ class RecordingProxy:
             if thread.is_alive():
                 raise TimeoutError(f"{thread.name} is still open")
 
-    def wait_carried(self, way: str, count: int, timeout_s: float = 60.0) -> None:
-        """Wait until the first connection has carried `count` bytes in all `s2d` or `d2s`. Raises TimeoutError."""
+    def wait_carried(self, way: str, count: int, timeout_s: float = 60.0, *, together: bool = False) -> None:
+        """Wait until the first connection, or all `together`, carried `count` bytes `s2d` or `d2s`. TimeoutError."""
 
         def carried() -> bool:
-            return bool(self.connections) and len(getattr(self.connections[0], way)) >= count
+            counted = self.connections if together else self.connections[:1]
+            return sum(len(getattr(connection, way)) for connection in counted) >= count
 
         with self._changed:
             if not self._changed.wait_for(carried, timeout_s):

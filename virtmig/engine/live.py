@@ -301,6 +301,7 @@ class _Live(Outgoing):
                 main.connection.send(main.encoder.pages(name, normal, self._reader.data(name, normal)))
             main.zero_pages(name, zero)
             count += len(pages)
+            self._report("pages")
         return count
 
     def _end_section(self) -> None:
