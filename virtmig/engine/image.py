@@ -12,12 +12,15 @@ being received is the guest: it stays where it is after a failure, and `ImageWri
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
+import threading
 import time
 import zlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -37,6 +40,9 @@ PARTIAL = "incoming.json"  # a manifest without sums, while a postcopy is receiv
 DESCRIPTION = "description.json"
 #: RAM is summed in pieces of this size, so that damage can be placed, and pieces that are all zero are left out
 CHUNK_BYTES = 4 << 20
+_MOST_SUMMING = 8
+#: what was received goes to the disk while more comes, so that little is left when the source's guest stands still
+WRITE_BACK_S = 0.5
 #: no guest has more; a manifest or a peer that says so is wrong
 LARGEST_RAM_BYTES = 64 << 40
 
@@ -93,8 +99,7 @@ class ImageWriter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
-        self.memory: GuestMemory | None = None
-        self._page_sizes: dict[str, int] = {}
+        self._prepare()
         if self.folder.exists():
             raise ImageError(f"'{folder}' exists already", hint="name a folder that does not exist")
         if not self.folder.parent.is_dir():
@@ -104,6 +109,12 @@ class ImageWriter:
                                                  dir=self.folder.parent))  # fmt: skip
         except OSError as error:
             raise ImageError(f"cannot write in '{self.folder.parent}': {error.strerror}") from None
+
+    def _prepare(self) -> None:
+        self.memory: GuestMemory | None = None
+        self._page_sizes: dict[str, int] = {}
+        self._settled = threading.Event()
+        self._writer: threading.Thread | None = None
 
     @classmethod
     def reopen(cls, folder: Path) -> tuple[ImageWriter, Manifest, list[DeviceSection]]:
@@ -116,6 +127,7 @@ class ImageWriter:
                 hint="the folder that was given to `virtmig receive` when it was interrupted",
             )
         writer = cls.__new__(cls)
+        writer._prepare()
         writer.folder, writer.partial = folder.absolute(), left[0].parent
         manifest = _decode(left[0])
         devices = writer.partial / DEVICES
@@ -144,7 +156,24 @@ class ImageWriter:
             raise ImageError(f"cannot write in '{self.partial}': {error.strerror}") from None
         self._page_sizes = dict(page_sizes or {})
         self.memory = GuestMemory(files)
+        self._write_back([fd for fd, _ in files.values()])
         return self.memory
+
+    def _write_back(self, descriptors: Sequence[int]) -> None:
+        def work() -> None:
+            while not self._settled.wait(WRITE_BACK_S):
+                for fd in descriptors:
+                    with contextlib.suppress(OSError):  # commit's fsync says it
+                        os.fdatasync(fd)
+
+        self._writer = threading.Thread(target=work, name="write back", daemon=True)
+        self._writer.start()
+
+    def _settle(self) -> None:
+        self._settled.set()
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
 
     def save_devices(self, sections: Sequence[DeviceSection], partial: Manifest | None = None) -> None:
         """The device state, on the disk when this returns; with `partial` also what `reopen` needs."""
@@ -163,6 +192,7 @@ class ImageWriter:
         memory = self.memory
         if memory is None:
             raise ImageError("an image without RAM")
+        self._settle()
         if description:
             self._write(DESCRIPTION, description)
         memory.flush()
@@ -183,8 +213,15 @@ class ImageWriter:
         memory.close()
         return whole
 
+    def keep(self) -> None:
+        """Leave what is there to `reopen`."""
+        self._settle()
+        if self.memory is not None:
+            self.memory.close()
+
     def abandon(self) -> None:
         """Remove what is there, unless it was committed."""
+        self._settle()
         if self.memory is not None:
             self.memory.close()
         shutil.rmtree(self.partial, ignore_errors=True)
@@ -335,16 +372,21 @@ def _sections(manifest: Manifest, data: bytes) -> list[DeviceSection]:
 
 
 def _sums(memory: GuestMemory, name: str) -> dict[int, int]:
+    """By as many threads as there are processors: the source's guest stands still meanwhile."""
     block = memory.block(name)
-    sums: dict[int, int] = {}
-    for start, end in holes_and_data(block.fd, block.length):
-        for piece in range(start // CHUNK_BYTES, -(-end // CHUNK_BYTES)):
-            if piece in sums:
-                continue
-            data = block.bytes[piece * CHUNK_BYTES : (piece + 1) * CHUNK_BYTES]
-            if bool(nonzero_pages(data).any()):
-                sums[piece] = zlib.crc32(data.data)
-    return sums
+    pieces = dict.fromkeys(
+        piece
+        for start, end in holes_and_data(block.fd, block.length)
+        for piece in range(start // CHUNK_BYTES, -(-end // CHUNK_BYTES))
+    )
+
+    def sum_of(piece: int) -> int | None:
+        data = block.bytes[piece * CHUNK_BYTES : (piece + 1) * CHUNK_BYTES]
+        return zlib.crc32(data.data) if bool(nonzero_pages(data).any()) else None
+
+    with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), _MOST_SUMMING), "sums") as pool:
+        found = list(pool.map(sum_of, pieces))
+    return {piece: value for piece, value in zip(pieces, found, strict=True) if value is not None}
 
 
 def _sync_folder(folder: Path) -> None:

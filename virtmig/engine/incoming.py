@@ -126,7 +126,7 @@ class Incoming:
                 self._stop.request()
             self._end()
         if self._crash is not None:
-            self._landing.abandon()
+            self._failure()
             raise self._crash
         if not self._done:
             raise self._failure()
@@ -419,6 +419,7 @@ class Incoming:
         if self.loading.split:
             # what came stays: the source cannot take the guest back, and will send again what is missing
             error.guest = Whereabouts.SPLIT
+            self._landing.keep()
             return error
         self._landing.abandon()
         error.guest = Whereabouts.SOURCE

@@ -67,6 +67,9 @@ class Landing(Protocol):
         Raises MigrationError when that word was needed.
         """
 
+    def keep(self) -> None:
+        """A postcopy failed: the source cannot take the guest back, so what came stays, for a recovery."""
+
     def abandon(self) -> None:
         """It failed before commit: leave nothing behind. Safe after commit, and twice."""
 
@@ -150,6 +153,9 @@ class ImageLanding:
             origin=details,
         )
         self.manifest = self.writer.commit(manifest, description)
+
+    def keep(self) -> None:
+        self.writer.keep()
 
     def abandon(self) -> None:
         if self.manifest is None:

@@ -168,6 +168,9 @@ class ProcessLanding:
         self.guest.resume()
         self.started = True
 
+    def keep(self) -> None:
+        """It lives as long as its process; the caller ends it."""
+
     def abandon(self) -> None:
         if self.guest is not None:
             self.guest.close()
