@@ -123,7 +123,7 @@ def test_precopy(
 def test_xbzrle(emulator: Emulator, tmp_path: Path) -> None:
     """Several slow passes, so that pages really come as differences."""
     with (
-        lab_source(emulator, capabilities=("xbzrle", "return-path"), **{"max-bandwidth": 16 << 20, "downtime-limit": 1})
+        lab_source(emulator, capabilities=("xbzrle", "return-path"), **{"max-bandwidth": 4 << 20, "downtime-limit": 1})
         as (source, _),
         receiving(tmp_path / "image") as destination,
     ):  # fmt: skip
