@@ -93,7 +93,7 @@ def test_cut_is_silent_and_restore_mends_it(link_lab: Lab, wire: str) -> None:
 
 def test_connection_lives_through_a_short_cut(link_lab: Lab) -> None:
     """No reset, no error: what was sent during the cut arrives after it."""
-    program = RECEIVE.split("peer =")[0] + "peer = server.accept()[0]\nprint(peer.recv(9), peer.recv(9), flush=True)"
+    program = RECEIVE.split("peer =")[0] + "peer = server.accept()[0]\nprint(peer.recv(6), peer.recv(6), flush=True)"
     sender = (
         CONNECT_ONCE_LISTENING + "peer.send(b'before')\n"
         "print('sent', flush=True)\nsys.stdin.readline()\npeer.send(b'during')\nprint('sent', flush=True)\n"
