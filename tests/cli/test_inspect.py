@@ -107,7 +107,7 @@ def test_a_recording_for_people(recording: Recording, run: Any) -> None:
     assert lines[-1].startswith("damaged: " if status else "whole: ")
 
 
-#: a line an event takes long for many thousand pages: each scenario in one version, each version at least once
+#: every third: a line an event takes long for many thousand pages
 LINED = [each for at, each in enumerate(STREAMS) if at % 3 == 0]
 
 
