@@ -53,15 +53,12 @@ class PausedMove(Outgoing):
 def move_paused(guest: ProcessGuest, address: Address, settings: SendSettings, stop: Stop,
                 progress: Callable[[SendProgress], None]) -> SendResult:  # fmt: skip
     guest.pause()
-    view = GuestView(guest)
     try:
-        return PausedMove(view, address, settings, stop, progress).run()  # type: ignore[arg-type]
+        return PausedMove(GuestView(guest), address, settings, stop, progress).run()  # type: ignore[arg-type]
     except MigrationError as error:
         if error.guest is Whereabouts.SOURCE:
             guest.resume()
         raise
-    finally:
-        view.close()
 
 
 class Engine:

@@ -12,11 +12,12 @@ from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from virtmig.engine.image import Image
 from virtmig.engine.memory import holes_and_data, nonzero_pages
 from virtmig.engine.transport import Buffer, Connection
-from virtmig.pages import PAGE_BYTES, PageNumbers
+from virtmig.pages import PAGE_BYTES, PageNumbers, runs_of
 from virtmig.stream.encoder import MainEncoder, PreemptEncoder
 
 #: pages with contents that are given out at a time: long enough for one large system call, short enough for a request
@@ -27,6 +28,8 @@ _HOLE_WINDOW_PAGES = 1024
 NEAR_PAGES = 64
 #: requests whose neighbours are remembered, the newest first; older ones wait for the background
 _MOST_NEAR = 64
+#: runs of pages that are looked at one by one for zeros
+_MOST_RUNS = 8
 #: how far one look for the next page goes that is left
 _LOOK_PAGES = 1 << 16
 
@@ -39,26 +42,46 @@ class PageReader:
         self.lengths = image.memory.lengths
         #: host pages of the guest's memory, in target pages: 512 for a block of 2 MiB pages
         self.units = {block.name: max(1, block.page_size // PAGE_BYTES) for block in image.manifest.blocks}
-        self._held = {name: np.zeros(length // PAGE_BYTES, np.bool_) for name, length in self.lengths.items()}
+        self._known: dict[str, npt.NDArray[np.bool_]] = {}
+
+    def refresh(self) -> None:
+        """Look for holes anew: for memory that changes, once a pass and after its pages were taken from the tracker.
+
+        What is written into a hole from now on is in the next pass.
+        """
         for name, block in self._memory.blocks.items():
+            held = np.zeros(block.length // PAGE_BYTES, np.bool_)
             for start, end in holes_and_data(block.fd, block.length):
-                self._held[name][start // PAGE_BYTES : -(-end // PAGE_BYTES)] = True
+                held[start // PAGE_BYTES : -(-end // PAGE_BYTES)] = True
+            self._known[name] = held
+
+    def held(self, name: str) -> npt.NDArray[np.bool_]:
+        """For each page of a block whether it may hold something, as of the last `refresh`."""
+        if not self._known:
+            self.refresh()
+        return self._known[name]
 
     def window(self, name: str, first: int) -> int:
         """How many pages from `first` on make a good piece: all in a hole, or few enough that may hold something."""
-        held = self._held[name][first : first + _HOLE_WINDOW_PAGES]
+        everything = self.held(name)
+        held = everything[first : first + _HOLE_WINDOW_PAGES]
         count = int(held.argmax()) or (WINDOW_PAGES if held[0] else len(held))
         unit = self.units[name]
-        return min(-(-count // unit) * unit, len(self._held[name]) - first)
+        return min(-(-count // unit) * unit, len(everything) - first)
 
     def split(self, name: str, pages: PageNumbers) -> tuple[PageNumbers, PageNumbers]:
         """(with contents, zero) of ascending `pages` that lie close together."""
-        holds = self._held[name][pages]
+        holds = self.held(name)[pages]
         if holds.any():
             some = pages[holds]
-            first = int(some[0])
-            found = nonzero_pages(self._memory.block(name).bytes, first, int(some[-1]) - first + 1)
-            holds[holds] = found[some - np.uint64(first)]
+            block = self._memory.block(name)
+            runs = list(runs_of(some))
+            if (
+                len(runs) > _MOST_RUNS
+            ):  # a copy of these pages alone: what lies between may be a hole, which a read fills
+                holds[holds] = nonzero_pages(block.pages[some].reshape(-1))
+            else:
+                holds[holds] = np.concatenate([nonzero_pages(block.bytes, first, count) for first, count in runs])
         return pages[holds], pages[~holds]
 
     def data(self, name: str, pages: PageNumbers) -> memoryview:

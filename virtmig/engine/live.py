@@ -10,7 +10,6 @@ numbers: `Settle` by default.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,8 +22,6 @@ import numpy as np
 from virtmig.engine.dirty import Runs, WriteTracker, page_count, pages_of, tracking_available
 from virtmig.engine.image import FORMAT, FORMAT_VERSION, BlockFile, Manifest
 from virtmig.engine.incoming import GIVEN_UP
-from virtmig.engine.lazy import PageReader, Remaining
-from virtmig.engine.memory import GuestMemory, holes_and_data
 from virtmig.engine.outgoing import Outgoing, Report, SendResult, SendSettings
 from virtmig.engine.process_guest import ProcessGuest
 from virtmig.engine.process_landing import DEVICE, DEVICE_VERSION, MACHINE
@@ -88,9 +85,7 @@ class GuestView:
         self.folder = Path(f"pid {guest.pid}")
         blocks = tuple(BlockFile(name, name, length) for name, length in guest.blocks.items())
         self.manifest = Manifest(FORMAT, FORMAT_VERSION, MACHINE, "", 0.0, blocks, 0, 0, 0, 0)
-        self.memory = GuestMemory(
-            {name: (os.dup(fd), guest.blocks[name]) for name, fd in guest.memfds.items()}, writable=False
-        )
+        self.memory = guest.memory()
         self.description = b""
 
     def device_sections(self) -> list[DeviceSection]:
@@ -99,24 +94,6 @@ class GuestView:
         described = {"name": DEVICE, "instance_id": 0, "version": DEVICE_VERSION, "size": len(state), "fields": []}
         self.description = msgspec.json.encode({"devices": [described]})
         return [DeviceSection(Item.SECTION_FULL, _DEVICE_SECTION_ID, DEVICE, 0, DEVICE_VERSION, state, 0)]
-
-    def close(self) -> None:
-        self.memory.close()
-
-
-class LiveReader(PageReader):
-    """Pages of memory that is being written."""
-
-    def refresh(self) -> None:
-        """Look for holes anew, once a pass and after its pages were taken from the tracker.
-
-        A hole is zero without being read, which would fill it. What is written into it from now on is in the next pass.
-        """
-        for name, block in self._memory.blocks.items():
-            held = self._held[name]
-            held[:] = False
-            for start, end in holes_and_data(block.fd, block.length):
-                held[start // PAGE_BYTES : -(-end // PAGE_BYTES)] = True
 
 
 def migrate_guest(
@@ -137,21 +114,13 @@ def migrate_guest(
         raise GuestMemoryError(
             f"the guest's writes cannot be tracked: {facts.reason}", hint=facts.hint, guest=Whereabouts.SOURCE
         )
-    view = GuestView(guest)
-    try:
-        return _Live(view, address, settings, stop, decide or Settle(), progress).migrate()
-    finally:
-        view.close()
+    return _Live(GuestView(guest), address, settings, stop, decide or Settle(), progress).migrate()
 
 
 def recover_guest(guest: ProcessGuest, address: Address, settings: SendSettings, stop: Stop) -> SendResult:
     """Go on with a broken postcopy: the destination says what it has and gets the rest."""
-    view = GuestView(guest)
-    try:
-        live = Outgoing(view, address, msgspec.structs.replace(settings, recover=True), stop, None)  # type: ignore[arg-type]
-        return live.run()
-    finally:
-        view.close()
+    recovering = msgspec.structs.replace(settings, recover=True)
+    return Outgoing(GuestView(guest), address, recovering, stop, None).run()  # type: ignore[arg-type]
 
 
 class _Live(Outgoing):
@@ -166,8 +135,6 @@ class _Live(Outgoing):
     ) -> None:
         super().__init__(view, address, settings, stop, progress)  # type: ignore[arg-type]
         self._guest = view.guest
-        self._reader: LiveReader = LiveReader(view)  # type: ignore[arg-type]
-        self._pages = Remaining(self._reader)
         self._decide = decide
         self._passes: list[Pass] = []
         self._split = False

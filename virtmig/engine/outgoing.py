@@ -138,6 +138,7 @@ class Outgoing:
         self._multifd: MultifdSender | None = None
         self._paced_until = 0.0
         self._paced_bytes = 0
+        self._requested = False
         self._answers = Answers(
             self._stop, self._reader.lengths, settings.stall_s, on_request=self._answer, on_bitmap=self._drop
         )
@@ -292,7 +293,10 @@ class Outgoing:
         assert main is not None
         encoder = self._encoder
         while (piece := self._next_piece()) is not None:
+            before = self._sent_bytes(preempt=False)
             main.write(*piece)
+            if self._requested:  # what the guest waits for is not held back, nor does it hold back the rest
+                self._paced_bytes += self._sent_bytes(preempt=False) - before
             self._report("pages")
         self._report("finishing")
         self._answers.finished = True
@@ -307,6 +311,7 @@ class Outgoing:
         """
         while True:
             with self._changed:
+                self._requested = bool(self._urgent)
                 if self._urgent:
                     return self._urgent.popleft()
             if not self._wait_pace():
@@ -438,7 +443,7 @@ class Outgoing:
         """Hold the background back until what was sent has had its time. False: a request came first."""
         rate = self._settings.bandwidth_bytes_per_s
         if rate is not None:
-            now, sent = time.monotonic(), self._sent_bytes()
+            now, sent = time.monotonic(), self._sent_bytes(preempt=False)
             self._paced_until = max(self._paced_until, now) + (sent - self._paced_bytes) / rate
             self._paced_bytes = sent
             with self._changed:
@@ -453,8 +458,8 @@ class Outgoing:
     def _writers(self) -> list[RecordWriter]:
         return [writer for writer in (self._main, self._preempt) if writer is not None]
 
-    def _sent_bytes(self) -> int:
-        return sum(connection.bytes_sent for connection in self._connections)
+    def _sent_bytes(self, *, preempt: bool = True) -> int:
+        return sum(each.bytes_sent for each in self._connections if preempt or each.name != "preempt")
 
     def _report(self, stage: str) -> None:
         now = time.monotonic()

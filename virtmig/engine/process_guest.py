@@ -39,10 +39,12 @@ from virtmig.engine.guest_walk import (
     decode_state,
     first_walks,
 )
+from virtmig.engine.memory import GuestMemory, holes_and_data
 from virtmig.engine.userfault import UFFD_FEATURE_MINOR_SHMEM, UFFD_FEATURE_MISSING_SHMEM, GuestGone, Userfault
 from virtmig.errors import GuestMemoryError
 from virtmig.pages import PAGE_BYTES
 
+MADV_POPULATE_READ = 22
 _MIB_PAGES = (1 << 20) // PAGE_BYTES
 _TICK_NS = 1_000_000
 #: a guest that was held up catches up on this much of its rate at most
@@ -83,6 +85,7 @@ class ProcessGuest:
         self._asked = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._control: mmap.mmap | None = None
+        self._memory: GuestMemory | None = None
         self._channel, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         control_fd = -1
         try:
@@ -131,6 +134,20 @@ class ProcessGuest:
     def incoming(cls, blocks: Mapping[str, int]) -> ProcessGuest:
         """A paused one with untouched memory that waits for `load`."""
         return cls(blocks, None)
+
+    def memory(self) -> GuestMemory:
+        """Its memory, mapped in this process to be read; it stays mapped until `close`.
+
+        What it holds already is mapped at once: a fault for every page costs more than sending it.
+        """
+        if self._memory is None:
+            files = {name: (os.dup(fd), self.blocks[name]) for name, fd in self.memfds.items()}
+            self._memory = GuestMemory(files, writable=False)
+            for block in self._memory.blocks.values():
+                for start, end in holes_and_data(block.fd, block.length):
+                    with contextlib.suppress(OSError):  # Linux 5.14; without it pages are mapped one by one
+                        block.mapping.madvise(MADV_POPULATE_READ, start, end - start)
+        return self._memory
 
     @property
     def pid(self) -> int:
@@ -238,6 +255,9 @@ class ProcessGuest:
             if self._control is not None:
                 self._control.close()
                 self._control = None
+            if self._memory is not None:
+                self._memory.close()
+                self._memory = None
             descriptors, self.memfds = self.memfds, {}
             for fd in descriptors.values():
                 os.close(fd)

@@ -156,10 +156,11 @@ class ProcessLanding:
 
     def let_go(self, heard: bool) -> None:
         """The source will not run it again: here it runs."""
-        self._unmap()
         if self.started or self.guest is None:
+            self._unmap()
             return
         if not heard:
+            self._unmap()
             raise ChannelError(
                 "the source went away without a word whether it has let go of the guest: it is whole here, and paused",
                 hint="run it here only when it is certain that it does not run on the source",
@@ -167,6 +168,7 @@ class ProcessLanding:
             )
         self.guest.resume()
         self.started = True
+        self._unmap()  # a tenth of a second a GiB, for which the guest need not wait
 
     def keep(self) -> None:
         """It lives as long as its process; the caller ends it."""

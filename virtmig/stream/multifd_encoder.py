@@ -85,6 +85,10 @@ class MultifdEncoder:
         buffers: Buffers = []
         for first in range(0, len(offsets), self._capacity):
             part = offsets[first : first + self._capacity]
+            start, length = int(part[0]), len(part) * self._page_bytes
+            if int(part[-1]) - start == length - self._page_bytes and bool((part[1:] > part[:-1]).all()):
+                buffers += self._packet(block, part, [memory[start : start + length]])
+                continue
             cuts = np.flatnonzero(part[1:] - part[:-1] != self._page_bytes) + 1
             starts = part[np.concatenate(([0], cuts))].tolist()
             lengths = (np.diff(np.concatenate(([0], cuts, [len(part)]))) * self._page_bytes).tolist()
