@@ -1,7 +1,17 @@
 """Threads, sockets, guest memory and userfaultfd: what gives stream/ its bytes and takes its events.
 
-transport   addresses, connections, listeners; every wait ends by a stop, a stall or the peer
-memory      the guest's RAM as blocks that are mapped
-image       a guest at rest in a folder
-incoming    be the destination of a source          outgoing   be the source of a destination
+transport.py         addresses, connections, listeners; every wait ends by its bytes, the peer, a stall or a stop
+channels.py          connections that arrive, named by stream/channel.py
+memory.py image.py   RAM that is mapped; a guest at rest in a folder
+
+incoming.py          a destination: one thread a channel, pause, commit
+loading.py           what the stream's events mean to it
+landing.py           where the guest lands: an image, or (process_landing.py) a process
+
+outgoing.py          a source, of an image; live.py: of a process guest that runs
+lazy.py answers.py multifd_sender.py      what is left to send; what the destination says; the channels' threads
+
+process_guest.py guest_walk.py            a guest without a hypervisor, and what its memory must hold
+userfault.py faults.py dirty.py           userfaultfd; faults served; written pages found
+demo.py demo_engine.py                    all of it shown where there is no QEMU
 """
