@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +25,7 @@ from virtmig.engine.image import Image
 from virtmig.engine.incoming import Incoming, Received
 from virtmig.engine.landing import ImageLanding
 from virtmig.engine.transport import Address, Listener, Stop
-from virtmig.errors import ChannelError, MigrationAborted, MigrationError, RemoteProtocolError
+from virtmig.errors import ChannelError, GuestMemoryError, MigrationAborted, MigrationError, RemoteProtocolError
 from virtmig.progress import Whereabouts
 from virtmig.stream.wire import Dialect
 
@@ -334,6 +336,43 @@ def test_multifd_that_nobody_announced_is_refused_with_the_way_out(emulator: Emu
         told = f"{error.value} {error.value.hint}"
         assert "multifd" in told
         fails(source)
+
+
+def test_more_channels_expected_than_come(emulator: Emulator, tmp_path: Path, nothing_left: None) -> None:
+    with (
+        lab_source(emulator, capabilities=MULTIFD, **{"multifd-channels": 2}) as (source, _),
+        receiving(tmp_path / "image", multifd_channels=3, stall_s=1.0) as destination,
+    ):
+        source.qmp.execute("migrate", uri=str(destination.listener.address))
+        with pytest.raises(ChannelError, match=r"no byte on any channel, while the others wait for multifd 2") as error:
+            destination.result()
+        assert "--parallel-connections" in error.value.hint
+        fails(source)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("channels", [0, 2])
+def test_full_disk_fails_and_leaves_nothing(
+    emulator: Emulator, tmp_path: Path, channels: int, nothing_left: None
+) -> None:
+    if os.getuid():
+        pytest.skip("needs root: mounts a small tmpfs")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path)], check=True)
+    try:
+        capabilities = MULTIFD if channels else ("return-path",)
+        parameters = {"multifd-channels": channels} if channels else {}
+        with (
+            lab_source(emulator, capabilities=capabilities, **parameters) as (source, _),
+            receiving(tmp_path / "image", multifd_channels=channels) as destination,
+        ):
+            source.qmp.execute("migrate", uri=str(destination.listener.address))
+            with pytest.raises(GuestMemoryError, match=r"No space left|disk or the memory full") as error:
+                destination.result()
+            assert error.value.guest is Whereabouts.SOURCE
+            fails(source)
+            assert list(tmp_path.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 # -- without a QEMU --------------------------------------------------------------------------------------------------

@@ -315,6 +315,12 @@ def _decode(path: Path) -> Manifest:
     for block in manifest.blocks:
         if Path(block.file).name != block.file or block.length <= 0 or block.length % PAGE_BYTES:
             raise ImageError(f"'{path}' is damaged: RAM block '{block.name}'")
+    known = {int(kind) for kind in (Item.SECTION_START, Item.SECTION_PART, Item.SECTION_END, Item.SECTION_FULL)}
+    for entry in manifest.sections:
+        inside = 0 <= entry.start <= entry.start + entry.length <= manifest.devices_bytes
+        numbers = (entry.section_id, entry.instance_id, entry.version_id)
+        if not inside or entry.kind not in known or not all(0 <= number < 1 << 32 for number in numbers):
+            raise ImageError(f"'{path}' is damaged: device section '{entry.idstr:.60}'")
     return manifest
 
 

@@ -84,7 +84,9 @@ class Incoming:
         self._recover_s = recover_s
         self._multifd_channels = multifd_channels
         self._compression = compression
-        self._epochs = Epochs(multifd_channels, self._stop) if multifd_channels else None
+        self._bytes = 0
+        self._connections: dict[str, Connection] = {}
+        self._epochs = Epochs(multifd_channels, self._stop, stall_s, self._received) if multifd_channels else None
         self.loading = Loading(landing, self._answer, self._epochs, self._resume)
         expected = Expected(
             Rule.VIRTMIG, multifd_channels=multifd_channels, postcopy=True, preempt=True, early_preempt=True
@@ -94,8 +96,6 @@ class Incoming:
         self._changed = threading.Condition(self._lock)
         self._forget_wake = self._stop.on_request(self._wake)
         self._threads: list[threading.Thread] = []
-        self._connections: dict[str, Connection] = {}
-        self._bytes = 0
         self._channels: list[str] = []
         self._ram: RamReader | None = None
         self._uuid: bytes | None = None
@@ -158,6 +158,9 @@ class Incoming:
             if main is not None and self.loading.split and self._may_ask:
                 with contextlib.suppress(MigrationError):
                     main.send(self._requester.request(block, start_bytes, length_bytes))
+
+    def _received(self) -> int:
+        return self._bytes + sum(connection.bytes_received for connection in list(self._connections.values()))
 
     @property
     def paused(self) -> bool:

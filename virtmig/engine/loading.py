@@ -7,6 +7,7 @@ answers. Main's events come from one thread, those of multifd and preempt channe
 from __future__ import annotations
 
 import threading
+import time
 import zlib
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from virtmig.engine.landing import Landing
 from virtmig.engine.transport import Stop
-from virtmig.errors import GuestMemoryError, RemoteProtocolError
+from virtmig.errors import ChannelError, GuestMemoryError, RemoteProtocolError
 from virtmig.pages import PAGE_BYTES, PageNumbers
 from virtmig.stream.events import (
     Command,
@@ -51,7 +52,10 @@ Answer = Callable[[ReturnPathEvent], None]
 class Epochs:
     """Multifd syncs and main's markers meet here: who came first waits (multifd_recv_sync_main, sem_sync)."""
 
-    def __init__(self, channels: int, stop: Stop) -> None:
+    def __init__(self, channels: int, stop: Stop, stall_s: float, received: Callable[[], int]) -> None:
+        """`received` counts the bytes of all channels: who waits gives up when none came for `stall_s`."""
+        self._stall_s = stall_s
+        self._received = received
         self._epochs = MultifdEpochs(channels)
         self._changed = threading.Condition()
         self._stop = stop
@@ -85,9 +89,19 @@ class Epochs:
 
     def _wait(self, number: int) -> None:
         self._changed.notify_all()
+        seen, since = self._received(), time.monotonic()
         while self._epochs.completed < number:
             self._stop.check()
-            self._changed.wait()
+            self._changed.wait(min(1.0, self._stall_s))
+            if (now := self._received()) != seen:
+                seen, since = now, time.monotonic()
+            elif time.monotonic() - since >= self._stall_s:
+                late = self._epochs.waiting_for()
+                whom = f"multifd {', '.join(map(str, late))}" if late else "main"
+                raise ChannelError(
+                    f"for {self._stall_s:g} s no byte on any channel, while the others wait for {whom}",
+                    hint="the number of multifd channels must be the same on both sides (--parallel-connections)",
+                )
 
     def _wake(self) -> None:
         with self._changed:

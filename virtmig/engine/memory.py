@@ -19,6 +19,7 @@ from virtmig.pages import PAGE_BYTES, PageNumbers, PageSet, runs_of
 Bytes = npt.NDArray[np.uint8]
 #: zero pages are looked for in pieces of this size, which stay in the processor's cache
 _SCAN_BYTES = 1 << 20
+_ZEROS = memoryview(bytes(1 << 20))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,14 +79,12 @@ class GuestMemory:
         if not count:
             return
         self._check(block, pages)
-        source = np.frombuffer(data, np.uint8) if isinstance(data, memoryview) else data
-        first, last = int(pages[0]), int(pages[-1])
         touched = self._touched[name]
-        if last - first == count - 1 and (count < 3 or bool((pages[1:] - pages[:-1] == 1).all())):
-            block.bytes[first * PAGE_BYTES : (last + 1) * PAGE_BYTES] = source
-            touched[first : last + 1] = True
-            return
-        block.pages[pages] = source.reshape(count, PAGE_BYTES)
+        source = data if isinstance(data, memoryview) else data.data
+        at = 0
+        for first, run in runs_of(pages):
+            _write(block, first, source[at * PAGE_BYTES : (at + run) * PAGE_BYTES])
+            at += run
         touched[pages] = True
 
     def room(self, name: str, first_page: int, count: int) -> memoryview:
@@ -104,8 +103,8 @@ class GuestMemory:
             return
         self._check(block, pages)
         dirty = pages[self._touched[name][pages]]
-        for first, count in runs_of(dirty):
-            block.bytes[first * PAGE_BYTES : (first + count) * PAGE_BYTES] = 0
+        for first, count in runs_of(dirty, len(_ZEROS) // PAGE_BYTES):
+            _write(block, first, _ZEROS[: count * PAGE_BYTES])
 
     def touched(self, name: str) -> npt.NDArray[np.bool_]:
         """For each page whether it was ever placed with contents (it may have become zero since)."""
@@ -135,6 +134,18 @@ class GuestMemory:
     def _check(block: MappedBlock, pages: PageNumbers) -> None:
         if int(pages.max()) >= len(block.pages):
             raise GuestMemoryError(f"page {int(pages.max())} of '{block.name}', which has {len(block.pages)}")
+
+
+def _write(block: MappedBlock, first_page: int, data: memoryview) -> None:
+    """By pwrite, not through the mapping: a full disk is an error then, and not a SIGBUS; new pages come faster too."""
+    at = 0
+    try:
+        while at < len(data):
+            at += os.pwrite(block.fd, data[at:], first_page * PAGE_BYTES + at)
+    except OSError as error:
+        raise GuestMemoryError(
+            f"RAM block '{block.name}' cannot be written at {first_page * PAGE_BYTES + at:#x}: {error.strerror}"
+        ) from None
 
 
 def nonzero_pages(block: Bytes, first_page: int = 0, count: int | None = None) -> npt.NDArray[np.bool_]:

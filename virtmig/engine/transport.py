@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from virtmig.errors import ChannelError, MigrationAborted, MigrationError, RequestError
+from virtmig.errors import ChannelError, GuestMemoryError, MigrationAborted, MigrationError, RequestError
 
 #: a peer that neither sends nor takes a byte for so long is taken for dead
 STALL_S = 60.0
@@ -181,6 +181,8 @@ class Connection:
     def _failed(self, error: OSError, doing: str) -> MigrationError:
         if self._stop.error is not None:
             return self._stop.error
+        if error.errno == errno.EFAULT:
+            return GuestMemoryError(f"{self.name}: what came cannot be stored: is the disk or the memory full?")
         if isinstance(error, TimeoutError):
             what = "sends nothing" if doing == "reading" else "takes nothing"
             return ChannelError(f"{self.name}: the peer {what} for {self._stall_s:g} s")
