@@ -1,6 +1,6 @@
 """Mutated recordings of main and preempt channels: events, "need more", or one typed error, in bounded memory.
 
-VIRTMIG_FUZZ_S sets the seconds for each test (default 2), VIRTMIG_FUZZ_SEED the seed; a failure names seed and number.
+VIRTMIG_FUZZ_S sets the seconds for each test (default 1), VIRTMIG_FUZZ_SEED the seed; a failure names seed and number.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from virtmig.stream.events import Description, DeviceSection
 from virtmig.stream.save_file import encode_save_header, read_save_header
 
 CAPTURES = Path(__file__).parent.parent / "stream" / "captures"
-SECONDS = float(os.environ.get("VIRTMIG_FUZZ_S", "2"))
+SECONDS = float(os.environ.get("VIRTMIG_FUZZ_S", "1"))
 SEED = int(os.environ.get("VIRTMIG_FUZZ_SEED", "3"))
 NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 0x7FFFFFFFFFFFFFFF, 0xFFFFFFFFFFFFFFFF)
 #: what all inputs may add to the peak: the limits below, the inputs, and the interpreter's own
