@@ -384,7 +384,8 @@ def plausible(row: Option) -> st.SearchStrategy[object]:
         return st.lists(st.sampled_from(row.choices), min_size=1, max_size=2, unique=True).map(tuple)
     if row.name in ("migrateuri", "disks-uri"):
         return st.sampled_from(["tcp://h", "tcp://[::1]:1", "rdma://h", "unix:///s s"])
-    word = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0,"), min_size=1, max_size=8)
+    # libvirt takes no "/" in a domain's name
+    word = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0,/"), min_size=1, max_size=8)
     return st.lists(word, min_size=1, max_size=3, unique=True).map(tuple) if row.kind is Kind.LIST else word
 
 
