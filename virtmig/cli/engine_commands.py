@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,10 +39,9 @@ class _Asked:
     def ask(self, why: str) -> None:
         if self.split() and not self._warned:
             self._warned = True
-            print(
-                f"virtmig: {why}: the guest is between two places; once more, and it stays there until it is recovered",
-                file=sys.stderr,
-            )
+            words = f"virtmig: {why}: the guest is between two places; once more, and it stays until it is recovered\n"
+            with contextlib.suppress(OSError):  # in a signal handler nothing may raise
+                os.write(2, words.encode())
             return
         guest = Whereabouts.SPLIT if self.split() else Whereabouts.SOURCE
         self._stop.request(MigrationAborted(f"stopped by {why}", guest=guest))

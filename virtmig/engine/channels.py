@@ -22,6 +22,8 @@ from virtmig.stream.wire import MULTIFD_INIT_BYTES, MULTIFD_MAGIC
 
 #: how long a connection may be silent before it is taken for one that stays silent (an early preempt channel)
 QUIET_S = 1.0
+#: how long after main the source's own multifd channels may still come in
+BEGINNING_S = 5.0
 #: connections that nobody can name yet; beyond that the newest is turned away
 MOST_PENDING = 300
 
@@ -49,6 +51,7 @@ class Arrivals:
         self.refused: list[str] = []
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._closing = False
+        self._main_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="accept", daemon=True)
         self._forget = stop.on_request(self._poke)
 
@@ -140,10 +143,12 @@ class Arrivals:
                     continue
                 if named is not None:
                     self._present.append(named)
+                    if named.role is Role.MAIN:
+                        self._main_since = now
             pending.remove(each)
             if named is None:
                 self._refuse(each.socket, reason)
-                if int.from_bytes(each.seen[:4], "big") == MULTIFD_MAGIC:
+                if int.from_bytes(each.seen[:4], "big") == MULTIFD_MAGIC and self._beginning(now):
                     # no stranger, but a source that was told another number: it would wait for ever
                     count = self._expected.multifd_channels
                     raise ChannelError(
@@ -158,6 +163,13 @@ class Arrivals:
     def _silent(self, each: _Pending, now: float) -> bool:
         """A silent connection is judged only when main is here: before that it may still speak."""
         return any(known.role is Role.MAIN for known in self._present) and now - each.arrived > QUIET_S
+
+    def _beginning(self, now: float) -> bool:
+        """Whether a multifd channel too many may be the source's: later, or in a recovery, it is a stranger's."""
+        with self._lock:
+            if self._expected.recovery:
+                return False
+            return self._main_since is None or now - self._main_since < BEGINNING_S
 
     def _peek(self, each: _Pending) -> bool:
         """Look at the first bytes; False when the peer has gone. A multifd hello is waited for in full, for its id."""

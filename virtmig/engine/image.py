@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -119,7 +120,12 @@ class ImageWriter:
     @classmethod
     def reopen(cls, folder: Path) -> tuple[ImageWriter, Manifest, list[DeviceSection]]:
         """What a postcopy into `folder` left behind when its process ended. Raises ImageError when there is nothing."""
-        left = sorted(folder.absolute().parent.glob(f".{folder.name}.*.incoming/{PARTIAL}"))
+        mine = re.compile(rf"\.{re.escape(folder.name)}\.[^.]+\.incoming")
+        beside = folder.absolute().parent
+        left = (
+            sorted(each / PARTIAL for each in beside.iterdir() if mine.fullmatch(each.name)) if beside.is_dir() else []
+        )
+        left = [each for each in left if each.exists()]
         if len(left) != 1:
             raise ImageError(
                 f"{len(left) or 'no'} interrupted postcopies into '{folder}'"
@@ -203,10 +209,10 @@ class ImageWriter:
         )  # fmt: skip
         whole = msgspec.structs.replace(manifest, blocks=blocks, created=time.time())
         try:
-            (self.partial / PARTIAL).unlink(missing_ok=True)
             self._write(MANIFEST, msgspec.json.format(msgspec.json.encode(whole), indent=1) + b"\n")
             _sync_folder(self.partial)
             os.rename(self.partial, self.folder)
+            (self.folder / PARTIAL).unlink(missing_ok=True)  # not before: what is interrupted must be found again
             _sync_folder(self.folder.parent)
         except OSError as error:
             raise ImageError(f"cannot write '{self.folder}': {error.strerror}") from None

@@ -79,7 +79,8 @@ class Incoming:
         self._landing = landing
         self._outer = stop
         self._stop = Stop()
-        self._forget = stop.on_request(lambda: self._stop.request(stop.error))
+        self._committing = False
+        self._forget = stop.on_request(self._asked)
         self._stall_s = stall_s
         self._recover_s = recover_s
         self._multifd_channels = multifd_channels
@@ -158,6 +159,11 @@ class Incoming:
             if main is not None and self.loading.split and self._may_ask:
                 with contextlib.suppress(MigrationError):
                     main.send(self._requester.request(block, start_bytes, length_bytes))
+
+    def _asked(self) -> None:
+        """A stop from outside. While the landing commits it is too late: the source is about to be told."""
+        if not self._committing:
+            self._stop.request(self._outer.error)
 
     def _received(self) -> int:
         return self._bytes + sum(connection.bytes_received for connection in list(self._connections.values()))
@@ -304,13 +310,22 @@ class Incoming:
             "ram_section_id": loading.ram_section_id,
             "uuid": self._uuid.hex() if self._uuid is not None and any(self._uuid) else "",
         }
-        self._landing.commit(loading.header, loading.sections, loading.description, facts)
         with self._changed:
-            self._done = True
+            self._stop.check()
+            self._committing = True  # from here to SHUT 0 nothing may come between: see _asked
+        self._landing.commit(loading.header, loading.sections, loading.description, facts)
         self._commit_s = time.monotonic() - began
         if loading.return_path:
-            with contextlib.suppress(MigrationError):
+            try:
                 self._answer(Shut(0))
+            except MigrationError as error:
+                self._late = ChannelError(
+                    f"all of the guest is here, but the source could not be told ({error}): its guest runs on",
+                    hint="what was received is a checkpoint; do not run it beside the source's guest",
+                    guest=Whereabouts.UNKNOWN if loading.split else Whereabouts.SOURCE,
+                )
+        with self._changed:
+            self._done = True
         connection.stall_after(LINGER_S)
         last_words = b""
         buffer = memoryview(bytearray(4096))
@@ -320,7 +335,7 @@ class Incoming:
         try:
             self._landing.let_go(last_words == GIVEN_UP)
         except MigrationError as error:
-            self._late = error
+            self._late = self._late or error
         with self._changed:
             self._changed.notify_all()
 
