@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from virtmig.engine.memory import GuestMemory, all_pages, holes_and_data, nonzero_pages
+from virtmig.engine.memory import GuestMemory, holes_and_data, nonzero_pages
 from virtmig.errors import GuestMemoryError
 
 PAGE = 4096
@@ -71,10 +71,6 @@ def test_one_word_anywhere_makes_a_page_nonzero(words: list[tuple[int, int, int]
     assert np.flatnonzero(nonzero_pages(block.view(np.uint8))).tolist() == expected
     some = nonzero_pages(block.view(np.uint8), 100, 300)
     assert (np.flatnonzero(some) + 100).tolist() == [page for page in expected if 100 <= page < 400]
-
-
-def test_all_pages() -> None:
-    assert len(all_pages({"a": 8 * PAGE, "b": PAGE})) == 9
 
 
 def test_length_that_is_no_pages_is_refused_and_the_descriptor_closed() -> None:

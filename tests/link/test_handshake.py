@@ -41,7 +41,8 @@ from virtmig.link.messages import (
     Verdict,
 )
 from virtmig.link.side import Close, Dial, Established, Forget, Heard, Opened, Over, Send, Side
-from virtmig.link.states import DEADLINE_S, FINAL, INITIATOR, RESPONDER, State, advance
+from virtmig.link.states import DEADLINE_S, FINAL, INITIATOR, RESPONDER, State
+from virtmig.transitions import advance
 
 # -- the whole of it -----------------------------------------------------------------------------------------------
 

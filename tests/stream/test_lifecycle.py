@@ -12,12 +12,12 @@ from virtmig.stream.lifecycle import (
     Side,
     Status,
     Track,
-    advance,
     differences,
     mermaid,
     status,
 )
 from virtmig.stream.wire import Dialect
+from virtmig.transitions import advance
 
 Q7, Q10, Q11 = Dialect.QEMU_7_2, Dialect.QEMU_10_0, Dialect.QEMU_11_1
 SRC, DST = Side.SOURCE, Side.DESTINATION

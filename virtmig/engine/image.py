@@ -27,7 +27,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from virtmig.engine.memory import GuestMemory, holes_and_data, nonzero_pages
+from virtmig.engine.memory import LARGEST_RAM_BYTES, GuestMemory, holes_and_data, nonzero_pages
 from virtmig.errors import ImageError
 from virtmig.pages import PAGE_BYTES, PageNumbers
 from virtmig.stream.events import DeviceSection, StreamHeader
@@ -44,8 +44,6 @@ CHUNK_BYTES = 4 << 20
 _MOST_SUMMING = 8
 #: what was received goes to the disk while more comes, so that little is left when the source's guest stands still
 WRITE_BACK_S = 0.5
-#: no guest has more; a manifest or a peer that says so is wrong
-LARGEST_RAM_BYTES = 64 << 40
 
 
 class SectionEntry(msgspec.Struct, frozen=True):

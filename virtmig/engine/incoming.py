@@ -77,10 +77,8 @@ class Incoming:
         recover_s: float | None = None,
     ) -> None:
         self._landing = landing
-        self._outer = stop
         self._stop = Stop()
-        self._committing = False
-        self._forget = stop.on_request(self._asked)
+        self._forget = stop.on_request(lambda: self._stop.request(stop.error))
         self._stall_s = stall_s
         self._recover_s = recover_s
         self._multifd_channels = multifd_channels
@@ -160,11 +158,6 @@ class Incoming:
                 with contextlib.suppress(MigrationError):
                     main.send(self._requester.request(block, start_bytes, length_bytes))
 
-    def _asked(self) -> None:
-        """A stop from outside. While the landing commits it is too late: the source is about to be told."""
-        if not self._committing:
-            self._stop.request(self._outer.error)
-
     def _received(self) -> int:
         return self._bytes + sum(connection.bytes_received for connection in list(self._connections.values()))
 
@@ -214,6 +207,8 @@ class Incoming:
         with self._changed:
             if self._done or self._stop.requested.is_set():
                 return
+            if self.loading.over and role is not Role.MAIN:
+                return  # all has come; how the others end means nothing any more
             if self._connections.get(connection.name) is not connection:
                 return  # of a connection that was replaced
             if (
@@ -310,22 +305,12 @@ class Incoming:
             "ram_section_id": loading.ram_section_id,
             "uuid": self._uuid.hex() if self._uuid is not None and any(self._uuid) else "",
         }
-        with self._changed:
-            self._stop.check()
-            self._committing = True  # from here to SHUT 0 nothing may come between: see _asked
-        self._landing.commit(loading.header, loading.sections, loading.description, facts)
-        self._commit_s = time.monotonic() - began
-        if loading.return_path:
-            try:
-                self._answer(Shut(0))
-            except MigrationError as error:
-                self._late = ChannelError(
-                    f"all of the guest is here, but the source could not be told ({error}): its guest runs on",
-                    hint="what was received is a checkpoint; do not run it beside the source's guest",
-                    guest=Whereabouts.UNKNOWN if loading.split else Whereabouts.SOURCE,
-                )
-        with self._changed:
-            self._done = True
+        with self._stop.sealed():  # a stop in between would leave an image, and a source that was not told
+            self._landing.commit(loading.header, loading.sections, loading.description, facts)
+            self._commit_s = time.monotonic() - began
+            self._tell_the_source()
+            with self._changed:
+                self._done = True
         connection.stall_after(LINGER_S)
         last_words = b""
         buffer = memoryview(bytearray(4096))
@@ -338,6 +323,18 @@ class Incoming:
             self._late = self._late or error
         with self._changed:
             self._changed.notify_all()
+
+    def _tell_the_source(self) -> None:
+        if not self.loading.return_path:
+            return
+        try:
+            self._answer(Shut(0))
+        except MigrationError as error:
+            self._late = ChannelError(
+                f"all of the guest is here, but the source could not be told ({error}): its guest runs on",
+                hint="what was received is a checkpoint; do not run it beside the source's guest",
+                guest=Whereabouts.UNKNOWN if self.loading.split else Whereabouts.SOURCE,
+            )
 
     def _multifd(self, connection: Connection, identity: Identity) -> None:
         assert self._epochs is not None

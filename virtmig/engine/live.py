@@ -27,12 +27,11 @@ from virtmig.engine.process_guest import ProcessGuest
 from virtmig.engine.process_landing import DEVICE, DEVICE_VERSION, MACHINE
 from virtmig.engine.transport import Address, Stop
 from virtmig.errors import GuestMemoryError, MigrationError
-from virtmig.pages import PAGE_BYTES, PageNumbers, runs_of
+from virtmig.pages import PAGE_BYTES, PageNumbers
 from virtmig.progress import Whereabouts
-from virtmig.stream.commands import command, discard, ping
-from virtmig.stream.events import Command, DeviceSection, SectionFooter
-from virtmig.stream.wire import MAX_DISCARDS_PER_COMMAND, PING_PACKAGE_LOADED, Item
-from virtmig.stream.wire import Command as Number
+from virtmig.stream.commands import discard
+from virtmig.stream.events import Command, DeviceSection
+from virtmig.stream.wire import MAX_DISCARDS_PER_COMMAND, Item
 
 #: pages looked at and handed to a channel at a time: 2 MiB
 _PIECE_PAGES = 512
@@ -137,17 +136,17 @@ class _Live(Outgoing):
         self._guest = view.guest
         self._decide = decide
         self._passes: list[Pass] = []
-        self._split = False
         self._was_running = view.guest.running
         self._paused_at = self._gone_at = 0.0
 
     def migrate(self) -> LiveResult:
+        """`_listening`: the package went out, or some of it; the guest may run there and does not come back."""
         self._guest.track_writes()
         try:
             with WriteTracker(self._guest.pid, self._guest.ranges) as self._tracker:
                 sent = self.run()
         except MigrationError as error:
-            if not self._split and not self._answers.arrived:
+            if not self._listening and not self._answers.arrived:
                 self._take_back()
                 error.guest = Whereabouts.SOURCE
                 error.hint = "the guest runs on the source as before"
@@ -156,7 +155,7 @@ class _Live(Outgoing):
             with contextlib.suppress(GuestMemoryError):  # it may be the guest that has ended
                 self._guest.stop_tracking()
         downtime = (self._gone_at or time.monotonic()) - self._paused_at
-        return LiveResult(sent, tuple(self._passes), downtime * 1000, self._split)
+        return LiveResult(sent, tuple(self._passes), downtime * 1000, self._listening)
 
     # -- what Outgoing does with an image, done with a guest that runs -----------------------------------------------
 
@@ -170,7 +169,7 @@ class _Live(Outgoing):
         return False
 
     def _serve(self) -> None:
-        if self._split:
+        if self._listening:
             super()._serve()
 
     def _end(self) -> None:
@@ -217,38 +216,20 @@ class _Live(Outgoing):
             self._finish(pending)
 
     def _finish(self, pending: dict[str, Runs]) -> None:
-        main, encoder = self._main, self._encoder
-        assert main is not None
-        main.connection.send(encoder.ram_end())
+        assert self._main is not None
+        self._main.connection.send(self._encoder.ram_end())
         self._send(pending)
         self._end_section()
-        sections = self._image.device_sections()
-        self._report("finishing")
-        self._stop.check()
-        self._answers.finished = True
-        main.connection.send(*[encoder.device(section) for section in sections],
-                             encoder.eof(self._image.description))  # fmt: skip
-        self._switched = time.monotonic()
+        self._finish_precopy([])
 
     def _switch(self, pending: dict[str, Runs]) -> None:
-        main, encoder = self._main, self._encoder
-        assert main is not None
-        for name in self._reader.lengths:
-            left = np.zeros(self._reader.lengths[name] // PAGE_BYTES, np.bool_)
+        for name, length in self._reader.lengths.items():
+            left = np.zeros(length // PAGE_BYTES, np.bool_)
             left[pages_of(pending[name])] = True
             self._pages.drop(name, np.flatnonzero(~left).astype(np.uint64))
         self._reader.refresh()
-        parts = [encoder.command(each) for each in _discards(pending)]
-        inside: list[object] = [command(Number.POSTCOPY_LISTEN)]
-        for section in self._image.device_sections():
-            inside += [section, SectionFooter(section.section_id)]
-        inside += [ping(3), ping(PING_PACKAGE_LOADED), command(Number.POSTCOPY_RUN)]
-        parts += [encoder.command(ping(2)), encoder.package(inside)]
-        self._report("switching")
-        self._stop.check()
-        self._listening = self._split = True  # from the first byte on: it may run there
-        main.connection.send(*parts)
-        self._switched = self._gone_at = time.monotonic()
+        self._switch_to_postcopy(_discards(pending))
+        self._gone_at = time.monotonic()
 
     def _send(self, pending: dict[str, Runs]) -> int:
         """Inside an open section: the pages, those that are zero as such. Returns how many."""
@@ -308,12 +289,10 @@ def _pieces(pending: dict[str, Runs]) -> Iterator[tuple[str, PageNumbers]]:
 
 
 def _discards(pending: dict[str, Runs]) -> Iterator[Command]:
-    """At least one, or LISTEN is refused: an empty range would be too, so a page that is sent again is named."""
-    found = False
-    for name, runs in pending.items():
-        ranges = [(first * PAGE_BYTES, count * PAGE_BYTES) for first, count in runs_of(pages_of(runs))]
-        for at in range(0, len(ranges), MAX_DISCARDS_PER_COMMAND):
-            found = True
-            yield discard(name, ranges[at : at + MAX_DISCARDS_PER_COMMAND])
-    if not found:
+    """Raises MigrationError when there is nothing to discard: without a DISCARD LISTEN is refused."""
+    if not any(len(runs) for runs in pending.values()):
         raise MigrationError("nothing is left to be sent in postcopy")
+    for name, runs in pending.items():
+        ranges = [(first * PAGE_BYTES, count * PAGE_BYTES) for first, count in runs.tolist()]
+        for at in range(0, len(ranges), MAX_DISCARDS_PER_COMMAND):
+            yield discard(name, ranges[at : at + MAX_DISCARDS_PER_COMMAND])

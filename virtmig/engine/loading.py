@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from virtmig.engine.landing import Landing
+from virtmig.engine.memory import LARGEST_RAM_BYTES
 from virtmig.engine.transport import Stop
 from virtmig.errors import ChannelError, GuestMemoryError, RemoteProtocolError
 from virtmig.pages import PAGE_BYTES, PageNumbers
@@ -42,8 +43,6 @@ from virtmig.stream.wire import Command as Number
 from virtmig.stream.wire import Item
 from virtmig.stream.xbzrle import decode_xbzrle
 
-#: all blocks together; a list that says more is not from a guest
-LARGEST_RAM_BYTES = 64 << 40
 _MASK = np.uint64(PAGE_BYTES)
 
 Answer = Callable[[ReturnPathEvent], None]

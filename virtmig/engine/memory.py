@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from virtmig.errors import GuestMemoryError
-from virtmig.pages import PAGE_BYTES, PageNumbers, PageSet, runs_of
+from virtmig.pages import PAGE_BYTES, PageNumbers, runs_of
 
 Bytes = npt.NDArray[np.uint8]
+#: all blocks together; a list of blocks that says more is not a guest's
+LARGEST_RAM_BYTES = 64 << 40
 #: zero pages are looked for in pieces of this size, which stay in the processor's cache
 _SCAN_BYTES = 1 << 20
 _ZEROS = memoryview(bytes(1 << 20))
@@ -180,12 +182,3 @@ def holes_and_data(fd: int, length: int) -> Iterator[tuple[int, int]]:
         end = min(os.lseek(fd, start, os.SEEK_HOLE), length)
         yield start, end
         at = end
-
-
-def all_pages(lengths: Mapping[str, int] | Iterable[tuple[str, int]]) -> PageSet:
-    """The set of all pages of these blocks."""
-    sizes = dict(lengths)
-    pages = PageSet(sizes)
-    for name, length in sizes.items():
-        pages.add_range(name, 0, length)
-    return pages

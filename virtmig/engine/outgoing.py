@@ -19,7 +19,7 @@ import time
 import traceback
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
@@ -34,7 +34,7 @@ from virtmig.progress import Whereabouts
 from virtmig.stream.channel import Moment, Role, Step, connection_order
 from virtmig.stream.commands import advise, command, discard, ping, recv_bitmap
 from virtmig.stream.encoder import MainEncoder, PreemptEncoder
-from virtmig.stream.events import RamBlock, SectionFooter
+from virtmig.stream.events import Command, RamBlock, SectionFooter
 from virtmig.stream.multifd_compression import METHOD_FLAG
 from virtmig.stream.return_path import ReceivedBitmap, RequestPages
 from virtmig.stream.wire import PING_PACKAGE_LOADED, TARGET_PAGE_BYTES, Dialect
@@ -243,20 +243,30 @@ class Outgoing:
             self._multifd.sync()
             parts += [] if sync_each else [encoder.multifd_flush()]
         parts.append(encoder.ram_section_end())
-        parts += [encoder.device(section) for section in self._image.device_sections()]
+        self._finish_precopy(parts)
+
+    def _finish_precopy(self, parts: Sequence[Buffer]) -> None:
+        """What is left of RAM, the devices, and the end of the stream: the destination may run the guest then."""
+        main, encoder = self._main, self._encoder
+        assert main is not None
+        devices = [encoder.device(section) for section in self._image.device_sections()]
         self._report("finishing")
         self._stop.check()
         self._answers.finished = True
-        main.connection.send(*parts, encoder.eof(self._image.description or None))
+        main.connection.send(*parts, *devices, encoder.eof(self._image.description or None))
         self._switched = time.monotonic()
 
     def _start_lazily(self) -> None:
         """Nothing but the device state goes before RUN; every page is discarded, so that each is asked for or comes."""
         main = self._begin_stream()
-        encoder = self._encoder
-        parts: list[Buffer] = [
-            encoder.command(discard(name, [(0, length)])) for name, length in self._reader.lengths.items()
-        ]
+        self._switch_to_postcopy([discard(name, [(0, length)]) for name, length in self._reader.lengths.items()])
+        main.connection.send(self._encoder.command(ping(4)))
+
+    def _switch_to_postcopy(self, discards: Iterable[Command]) -> None:
+        """The discards, and the package with the devices and RUN: from here on the guest may run there."""
+        main, encoder = self._main, self._encoder
+        assert main is not None
+        parts: list[Buffer] = [encoder.command(each) for each in discards]
         inside: list[object] = [command(Number.POSTCOPY_LISTEN)]
         for section in self._image.device_sections():
             inside += [section, *([SectionFooter(section.section_id)] if self._manifest.footers else [])]
@@ -267,7 +277,6 @@ class Outgoing:
         self._listening = True
         main.connection.send(*parts)
         self._switched = time.monotonic()  # the destination loads a package that is whole, so not before
-        main.connection.send(encoder.command(ping(4)))
 
     def _recover(self) -> None:
         """qemu_savevm_state_resume_prepare, postcopy_do_resume: no header, the bitmaps first."""

@@ -14,7 +14,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from virtmig.errors import ChannelError, GuestMemoryError, MigrationAborted, MigrationError, RequestError
@@ -81,16 +81,28 @@ class Stop:
         self._next = 0
         self.requested = threading.Event()
         self.error: MigrationError | None = None
+        self._sealed = False
 
     def request(self, error: MigrationError | None = None) -> None:
         with self._lock:
-            if self.requested.is_set():
+            if self._sealed or self.requested.is_set():
                 return
             self.error = error or MigrationAborted("stopped as asked")
             self.requested.set()
             wake = list(self._wake.values())
         for call in wake:
             call()
+
+    @contextlib.contextmanager
+    def sealed(self) -> Iterator[None]:
+        """Nobody's request counts inside. Raises the error of a stop that came before."""
+        with self._lock:
+            self.check()
+            self._sealed = True
+        try:
+            yield
+        finally:
+            self._sealed = False
 
     def on_request(self, call: Callable[[], None]) -> Callable[[], None]:
         """Register `call`; what comes back takes it off again."""

@@ -7,6 +7,7 @@ the caller then calls `fail`. Calls that cannot be raise LocalProtocolError and 
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -29,7 +30,8 @@ from virtmig.link.messages import (
     clip,
 )
 from virtmig.link.proofs import ChannelProofs, check_key
-from virtmig.link.states import DEADLINE_S, FINAL, PING_AFTER_S, State, Table, advance, due
+from virtmig.link.states import DEADLINE_S, FINAL, PING_AFTER_S, State, Table
+from virtmig.transitions import advance, possible
 
 #: what this code speaks, lowest and highest
 VERSIONS = (1, 1)
@@ -123,7 +125,7 @@ class Terms:
     ping_after_s: float = PING_AFTER_S
 
 
-class Side:
+class Side(abc.ABC):
     """One side of one session, from the connection on which it was begun. `now` is any clock that only goes forward."""
 
     table: ClassVar[Table]
@@ -191,7 +193,7 @@ class Side:
                 else:
                     del self._connections[channel]
             return actions
-        text = f"nothing came of state {str(state)!r} within {waited:g} s (expected: {due(self.table, state)})"
+        text = f"nothing came of state {str(state)!r} within {waited:g} s (expected: {possible(self.table, state)})"
         return self._over("expired", now, [Reason("deadline", text)], self._send(Failed(reason=text)))
 
     @property
@@ -285,8 +287,9 @@ class Side:
             return self._over("fail", now, [Reason("", message.reason)], guest=message.guest)
         return self._negotiate(message, control, now)
 
+    @abc.abstractmethod
     def _negotiate(self, message: Message, control: Control, now: float) -> list[Action]:
-        raise NotImplementedError
+        """What comes before the session is established."""
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -297,7 +300,7 @@ class Side:
         if (self.state, event) not in self.table:
             name = type(message).__struct_config__.tag
             raise RemoteProtocolError(
-                f"{name!r} cannot come in state {str(self.state)!r} (expected: {due(self.table, self.state)})"
+                f"{name!r} cannot come in state {str(self.state)!r} (expected: {possible(self.table, self.state)})"
             )
 
     def _enter(self, event: str, now: float) -> None:

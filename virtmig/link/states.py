@@ -11,8 +11,6 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 
-from virtmig.errors import LocalProtocolError
-
 
 class State(enum.StrEnum):
     CONNECTED = "connected"
@@ -110,18 +108,3 @@ RESPONDER: Table = {
 # fmt: on
 
 EVENTS = tuple(dict.fromkeys(event for table in (INITIATOR, RESPONDER) for _, event in table))
-
-
-def advance(table: Table, state: State, event: str) -> State:
-    """The state after `event`. Raises LocalProtocolError that names both for a pair that is not in the table."""
-    after = table.get((state, event))
-    if after is None:
-        raise LocalProtocolError(
-            f"{event!r} cannot happen in state {str(state)!r}", hint=f"possible: {due(table, state)}"
-        )
-    return after
-
-
-def due(table: Table, state: State) -> str:
-    """What can happen in `state`, in words."""
-    return ", ".join(sorted(event for known, event in table if known == state))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from virtmig.errors import LocalProtocolError
 from virtmig.stream.cursor import Cursor
 from virtmig.stream.events import Command
-from virtmig.stream.lifecycle import POSTCOPY_INCOMING, PostcopyState, advance
+from virtmig.stream.lifecycle import POSTCOPY_INCOMING, PostcopyState
 from virtmig.stream.wire import (
     COMMAND_LENGTH,
     MAX_DISCARDS_PER_COMMAND,
@@ -16,6 +16,7 @@ from virtmig.stream.wire import (
     TARGET_PAGE_BYTES,
 )
 from virtmig.stream.wire import Command as Number
+from virtmig.transitions import advance
 
 _ADVISE_BYTES = 16
 #: the commands that move a destination's postcopy on, by the names of lifecycle.POSTCOPY_INCOMING

@@ -1,6 +1,6 @@
 """The states of a migration, as QEMUs of three ages name and pass them, and a destination's postcopy states.
 
-Tables are data, `(state, event): state`; `advance` walks one of them and refuses a pair that is not there. The states
+Tables are data, `(state, event): state`, walked by virtmig.transitions. The states
 are enum MigrationStatus (qapi/migration.json) and enum PostcopyState (migration/postcopy-ram.h); the events are named
 here for what QEMU does at migrate_set_state. A newer QEMU may report a state nobody knew: `Track` takes what
 query-migrate or the event MIGRATION says, notes what was not expected, and goes on.
@@ -12,7 +12,6 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from virtmig.errors import LocalProtocolError
 from virtmig.stream.wire import Dialect
 
 
@@ -176,18 +175,6 @@ TABLES: dict[tuple[Dialect, Side], Table] = {
     (Dialect.QEMU_10_0, Side.DESTINATION): DESTINATION_10_0,
     (Dialect.QEMU_11_1, Side.DESTINATION): DESTINATION_11_1,
 }
-
-
-def advance(table: Table, state: str, event: str) -> str:
-    """The state after `event`. Raises LocalProtocolError that names both for a pair that is not in the table."""
-    after = table.get((state, event))
-    if after is None:
-        possible = sorted(name for known, name in table if known == state)
-        raise LocalProtocolError(
-            f"{event!r} cannot happen in state {str(state)!r}",
-            hint=f"possible there: {', '.join(possible) or 'nothing'}",
-        )
-    return after
 
 
 def status(text: str) -> Status | str:
