@@ -28,6 +28,8 @@ from virtmig.link.messages import (
     Agreement,
     AllOpen,
     Answer,
+    Attached,
+    Attachment,
     ChannelCount,
     ChannelName,
     Failed,
@@ -120,6 +122,22 @@ def test_a_refusal_of_what_is_no_longer_needed_does_not_matter() -> None:
     refusal = as_control(Refuse(reasons=(Reason("channel", "gone"),)))
     assert pair.source.receive_on("s1", refusal, pair.now) == [Close("s1")]
     assert pair.source.state is S.RUNNING
+
+
+def test_the_destination_hears_that_a_silent_connection_is_there_and_hears_it_again_after_a_break() -> None:
+    pair = Pair().begin()
+    pair.carry(pair.source, pair.source.attached(MAIN, pair.now))
+    heard = [row.message for row in pair.of(pair.destination, Heard)]
+    assert heard[-1] == Attached(role="main", index=0)
+    assert pair.source.state is pair.destination.state is S.RUNNING
+    with pytest.raises(LocalProtocolError, match="not agreed"):
+        pair.source.attached(ChannelName("parallel", 3), pair.now)
+    with pytest.raises(RemoteProtocolError, match="not agreed"):
+        pair.destination.receive(as_control(Attached(role="parallel", index=3)), pair.now)
+    pair.source.lost("s-control", pair.now)
+    pair.source.attached(MAIN, pair.now)
+    again = pair.source._mended(CONTROL, "s9", 0, pair.now)
+    assert [row.message for row in again if isinstance(row, Send)] == [Attached(role="main", index=0)] * 2
 
 
 def test_secrets_are_not_shown() -> None:
@@ -420,6 +438,7 @@ def accepting(**changes: Any) -> Any:
         (accepting(settled={"live": True, "tls": True}), (), "tls was changed from None to True"),
         (accepting(verdicts=(Verdict(feature="live", outcome="adjusted", reason=""),)), ("live",), "may not be"),
         (accepting(channels=(ChannelCount("main", 2),)), (), "no main channel"),
+        (accepting(attachment=Attachment(uri="unix:///elsewhere")), (), "unix:///elsewhere is none of those offered"),
         (accepting(channels=(ChannelCount("main", 1), ChannelCount("main", 1))), (), "twice"),
     ],
 )

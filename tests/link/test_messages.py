@@ -19,6 +19,8 @@ from virtmig.link.messages import (
     Agreement,
     AllOpen,
     Answer,
+    Attached,
+    Attachment,
     ChannelCount,
     ChannelName,
     ChannelOpened,
@@ -45,7 +47,11 @@ P = bytes(32)
 EXAMPLES: tuple[Message, ...] = (
     Hello(version_lowest=1, version_highest=3, implementation="opal 0", nonce=P, facts=SOURCE, mandatory=("resume",)),
     Proposal(
-        version=1, request={"live": True, "xml": "<x/>", "n": 3, "l": ("a", "b")}, guest=GUEST, window_bytes=1 << 20
+        version=1,
+        request={"live": True, "xml": "<x/>", "n": 3, "l": ("a", "b")},
+        guest=GUEST,
+        window_bytes=1 << 20,
+        attachments=(Attachment(uri="unix:///run/virtmig/1/m.sock", place="8:1"),),
     ),
     Answer(
         verdicts=(Verdict(feature="multifd", outcome="adjusted", reason="five", asked="10", given="5"),),
@@ -63,6 +69,7 @@ EXAMPLES: tuple[Message, ...] = (
     Finished(),
     Ping(number=1),
     Pong(number=0xFFFFFFFF),
+    Attached(role="priority", index=0),
     Resume(session=bytes(16), role="control", index=0, attempt=1, received_up_to=1 << 50, proof=P),
     ResumeAccepted(role="main", index=0, attempt=1, received_up_to=0, proof=P),
 )
@@ -137,6 +144,8 @@ OUTSIDE: list[tuple[type[Message], str, Any]] = [
     (Proposal, "window_bytes", 65535),
     (Proposal, "window_bytes", (1 << 30) + 1),
     (Proposal, "guest", {"name": "x" * FACTS_LONGEST_BYTES}),
+    (Proposal, "attachments", [{"uri": "unix:///m"}] * 9),
+    (Answer, "attachment", {"uri": "x" * 1025}),
     (Answer, "verdicts", [{"feature": "x", "outcome": "perhaps", "reason": ""}]),
     (Answer, "verdicts", [{"feature": "x", "outcome": "accepted", "reason": "x" * 1025}]),
     (Answer, "verdicts", [{"feature": "x", "outcome": "accepted", "reason": ""}] * 257),

@@ -45,6 +45,7 @@ class FrameType(enum.IntEnum):
     PONG = 0x0C
     RESUME = 0x0D
     RESUME_ACCEPTED = 0x0E
+    ATTACHED = 0x0F
     DATA = 0x20
     ACK = 0x21
     END = 0x22
@@ -68,6 +69,7 @@ BOUND: dict[FrameType, int] = {
     T.PONG: 512,
     T.RESUME: 512,
     T.RESUME_ACCEPTED: 512,
+    T.ATTACHED: 512,
     T.DATA: POSITION.size + DATA_LONGEST_BYTES,
     T.ACK: POSITION.size,
     T.END: POSITION.size,
@@ -90,6 +92,7 @@ KIND: dict[FrameType, type[Message]] = {
     T.PONG: messages.Pong,
     T.RESUME: messages.Resume,
     T.RESUME_ACCEPTED: messages.ResumeAccepted,
+    T.ATTACHED: messages.Attached,
 }
 TYPE_OF: dict[type[Message], FrameType] = {kind: number for number, kind in KIND.items()}
 

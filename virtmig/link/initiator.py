@@ -12,10 +12,13 @@ from virtmig.link.frames import Control, encode_message
 from virtmig.link.handshake import Handshake
 from virtmig.link.judge import objections
 from virtmig.link.messages import (
+    CONTROL,
     SECRET_BYTES,
     Agreement,
     AllOpen,
     Answer,
+    Attached,
+    Attachment,
     ChannelName,
     ChannelOpened,
     Hello,
@@ -62,11 +65,14 @@ class Initiator(Handshake):
         request: Mapping[str, Value],
         guest: GuestFacts,
         fixed: tuple[str, ...] = (),
+        attachments: tuple[Attachment, ...] = (),
         consent: Consent = objections,
         peer: str = "",
     ) -> None:
         super().__init__(terms, control, now, peer=peer)
         self._request, self._guest, self._fixed, self._consent = dict(request), guest, fixed, consent
+        self._attachments = attachments
+        self._attached: list[ChannelName] = []
         self._hello_frame = b""
         self._opened: set[ChannelName] = set()
         self._all_confirmed = False
@@ -118,6 +124,7 @@ class Initiator(Handshake):
             request=self._request,
             guest=self._guest,
             fixed=self._fixed,
+            attachments=self._attachments,
             window_bytes=self.terms.window_bytes,
             proof=initiator_proof(key, self._transcript.digest()) if key else b"",
         )
@@ -153,6 +160,21 @@ class Initiator(Handshake):
         return [Heard(agreement), *(Dial(channel) for channel in self.channels)]
 
     # -- channels --------------------------------------------------------------------------------------------------
+
+    def attached(self, channel: ChannelName, now: float) -> list[Action]:
+        """This host's QEMU has connected for this channel: the peer is told, once more after a broken control."""
+        if channel not in self.channels:
+            raise LocalProtocolError(f"{channel} was not agreed")
+        self._enter("attached", now)
+        self._attached.append(channel)
+        return self._send(_attached(channel))
+
+    def _mended(self, channel: ChannelName, connection: Hashable, received_up_to: int, now: float) -> list[Action]:
+        actions = super()._mended(channel, connection, received_up_to, now)
+        if channel == CONTROL and not self.finished_here:
+            for each in self._attached:
+                actions += self._send(_attached(each))
+        return actions
 
     def connected(
         self, channel: ChannelName, connection: Hashable, now: float, received_up_to: int = 0
@@ -244,3 +266,7 @@ class Initiator(Handshake):
         connections = list(self._dialled)
         self._dialled.clear()
         return connections
+
+
+def _attached(channel: ChannelName) -> Attached:
+    return Attached(role=channel.role, index=channel.index)  # type: ignore[arg-type]  # CONTROL is never agreed

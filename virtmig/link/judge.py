@@ -95,6 +95,10 @@ def _objections(proposal: Proposal, answer: Answer) -> Iterator[Reason]:
             yield Reason(name, f"{name} was changed from {_text(asked)} to {_text(given)} without a word")
     if not any(row.role == "main" and row.count == 1 for row in answer.channels):
         yield Reason("main", "the answer has no main channel")
+    if proposal.attachments or answer.attachment is not None:
+        chosen = answer.attachment.uri if answer.attachment is not None else None
+        if chosen not in {row.uri for row in proposal.attachments}:
+            yield Reason("attachment", f"the answer's {chosen or 'missing attachment'} is none of those offered")
     if len({row.role for row in answer.channels}) != len(answer.channels):
         yield Reason("channels", "the answer counts a role twice")
 

@@ -90,6 +90,19 @@ class Reason(msgspec.Struct, frozen=True):
     way_out: Text = ""
 
 
+class Attachment(msgspec.Struct, frozen=True, kw_only=True):
+    """Where both QEMUs meet their agents, as libvirt is told it: one migrate URI that is right on both hosts.
+
+    `place` names the file system (unix:) or the network (tcp:) that `uri` lives in at the source: where the destination
+    finds the same, both QEMUs would meet each other there and not their agents.
+    """
+
+    uri: Text
+    listen_address: Text = ""
+    disks_uri: Text = ""
+    place: Text = ""
+
+
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="message"):
     pass
 
@@ -114,7 +127,8 @@ class Hello(_Message, frozen=True, tag="hello"):
 class Proposal(_Message, frozen=True, tag="proposal"):
     """What the source asks for. `fixed`: options that may not be adjusted; under --strict none may.
 
-    `version` is the one to be spoken from here on; `proof` is the initiator's, as in Hello.
+    `attachments` are what the source can offer, the best first. `version` is the one to be spoken from here on; `proof`
+    is the initiator's, as in Hello.
     """
 
     version: U16
@@ -122,17 +136,22 @@ class Proposal(_Message, frozen=True, tag="proposal"):
     guest: GuestFacts
     window_bytes: WindowBytes
     fixed: Annotated[tuple[Name, ...], Meta(max_length=256)] = ()
+    attachments: Annotated[tuple[Attachment, ...], Meta(max_length=8)] = ()
     proof: ProofOrNone = b""
 
 
 class Answer(_Message, frozen=True, tag="answer"):
-    """What the destination says to it, feature by feature. `settled` is the request as it would be carried out."""
+    """What the destination says to it, feature by feature. `settled` is the request as it would be carried out.
+
+    `attachment` is one of those offered, with the listen address that this side needs; none where none was offered.
+    """
 
     verdicts: Annotated[tuple[Verdict, ...], Meta(max_length=256)]
     settled: Values = {}
     channels: Annotated[tuple[ChannelCount, ...], Meta(max_length=len(ROLES))] = ()
     limits: Annotated[dict[Name, U64], Meta(max_length=64)] = {}
     warnings: Annotated[tuple[Reason, ...], Meta(max_length=64)] = ()
+    attachment: Attachment | None = None
 
     @property
     def refusals(self) -> tuple[Reason, ...]:
@@ -208,6 +227,17 @@ class Pong(_Message, frozen=True, tag="pong"):
     number: U32
 
 
+class Attached(_Message, frozen=True, tag="attached"):
+    """On control, from the source: its QEMU has opened this connection, and may stay silent on it."""
+
+    role: Role
+    index: Index
+
+    @property
+    def channel(self) -> ChannelName:
+        return ChannelName(self.role, self.index)
+
+
 class Resume(_Message, frozen=True, tag="resume"):
     """The first message on a connection that takes the place of a broken one. `attempt` only ever grows."""
 
@@ -250,6 +280,7 @@ Message = (
     | Finished
     | Ping
     | Pong
+    | Attached
     | Resume
     | ResumeAccepted
 )

@@ -19,6 +19,7 @@ from virtmig.link.messages import (
     Agreement,
     AllOpen,
     Answer,
+    Attached,
     ChannelName,
     ChannelOpened,
     Hello,
@@ -58,6 +59,12 @@ class Responder(Handshake):
         if isinstance(message, Proposal):
             self._check_due("proposal", message)
             return self._peers_proposal(message, control, now)
+        if isinstance(message, Attached):
+            self._check_due("attached", message)
+            if message.channel not in self.channels:
+                raise RemoteProtocolError(f"{message.channel} was not agreed")
+            self._enter("attached", now)
+            return [Heard(message)]
         raise self._unexpected(message)
 
     def _peers_hello(self, hello: Hello, control: Control, now: float) -> list[Action]:

@@ -91,6 +91,9 @@ INITIATOR: Table = {
     (S.OPENING, "ping"): S.OPENING,                      # the destination is established one message earlier
     (S.OPENING, "all confirmed"): S.OPENING,             # AllOpen came before the last ChannelOpened
     (S.OPENING, "all open"): S.ESTABLISHED,
+    (S.ESTABLISHED, "attached"): S.RUNNING,              # this host's QEMU has connected
+    (S.RUNNING, "attached"): S.RUNNING,
+    (S.RECONNECTING, "attached"): S.RECONNECTING,        # said when control is back
 }
 
 #: the destination, which accepts
@@ -102,6 +105,10 @@ RESPONDER: Table = {
     (S.AGREED, "channel opened"): S.OPENING,
     (S.OPENING, "channel opened"): S.OPENING,
     (S.OPENING, "all open"): S.ESTABLISHED,
+    (S.ESTABLISHED, "attached"): S.RUNNING,              # the source's QEMU has connected
+    (S.RUNNING, "attached"): S.RUNNING,
+    (S.RECONNECTING, "attached"): S.RECONNECTING,
+    (S.FINISHED, "attached"): S.FINISHED,                # said again after a broken connection
     (S.RUNNING, "resumed"): S.RECONNECTING,              # the peer dialled again before the loss was seen here
     (S.FINISHED, "resumed"): S.FINISHED,                 # to hear Finished once more
 }
