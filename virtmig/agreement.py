@@ -59,6 +59,7 @@ TRANSPORTS = {
     "tcp": Transport("tcp", many_channels=True, both_ways=True),
     "unix": Transport("unix", many_channels=True, both_ways=True),
     "rdma": Transport("rdma", many_channels=False, both_ways=True),
+    "relay": Transport("relay", many_channels=True, both_ways=True),
     "tunnel": Transport("tunnel", many_channels=False, both_ways=False),
 }
 

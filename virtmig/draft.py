@@ -20,7 +20,8 @@ class Draft:
         if "tunnelled" not in request and "offline" not in request:
             self.on.add("return-path")
         scheme = "tunnel" if "tunnelled" in request else request.text("migrateuri").partition(":")[0] or "tcp"
-        self.transport = TRANSPORTS[scheme]
+        self.relay, self.transport_reason = relayed(request, source, destination)
+        self.transport = TRANSPORTS["relay" if self.relay else scheme]
         self.source_qemu = guest.qemu_version or source.qemu_version
         self.reasons: dict[str, tuple[bool | None, str]] = {}
         self.refusals: list[Refusal] = []
@@ -119,3 +120,23 @@ class Draft:
                     needed = version_text(row.libvirt_since)
                     return f"it needs libvirt {needed}, {host.label} has {version_text(have)}", ""
         return "", unknown
+
+
+#: what goes from QEMU to QEMU by somebody else's word, or not at all
+_NOT_RELAYED = ("tunnelled", "migrateuri", "listen-address", "disks-uri", "disks-port", "tls", "rdma-pin-all",
+                "offline")  # fmt: skip
+
+
+def relayed(request: MigrationRequest, source: HostFacts, destination: HostFacts) -> tuple[bool, str]:
+    """Whether the agents carry the bytes, and why."""
+    asked = request.text("transport")
+    if asked in ("relay", "direct"):
+        return asked == "relay", f"asked for with --transport {asked}"
+    for host in (source, destination):
+        if host.agent.status != "yes":
+            why = f"no agent is known on {host.label}" + (f" ({host.agent.evidence})" if host.agent.evidence else "")
+            return False, f"auto: QEMU to QEMU, as {why}"
+    for name in _NOT_RELAYED:
+        if name in request:
+            return False, f"auto: QEMU to QEMU, as --{name} was given"
+    return True, "auto: both hosts run an agent"

@@ -89,6 +89,7 @@ class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
     locked_memory_limit_bytes: int | None = None  # -1: unlimited
     locked_memory_raisable: bool | None = None  # the daemon may raise QEMU's limit
     tls_files: Finding = Finding()
+    agent: Finding = Finding()  # an agent of virtmig runs there and may be used
     domains: tuple[KnownDomain, ...] | None = None
     fit: GuestFit | None = None  # for the guest of this migration, when the host was asked about it
     unanswered: tuple[str, ...] = ()  # questions that got no answer, with the reason

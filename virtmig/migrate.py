@@ -23,9 +23,11 @@ from virtmig.domain.document import parse_xml
 from virtmig.errors import ConnectionFailed, DomainXmlError, PlanRefused, RequestError, VirtError
 from virtmig.facts import GuestFacts, HostFacts
 from virtmig.forecast import Forecast, forecast
+from virtmig.link.asking import Changed, Ended
 from virtmig.plan import Plan, negotiate
 from virtmig.policy import Action, Decision, History, Policy, decide
 from virtmig.progress import Outcome, PassCounter, Phase, Progress, Status, Whereabouts
+from virtmig.relaying import Relay, find_agents
 from virtmig.request import MigrationRequest, read_file_values
 from virtmig.virt.capabilities import gather_guest_facts, gather_host_facts, unreachable_host_facts
 from virtmig.virt.connection import FENCED_KEEPALIVE, lookup_domain
@@ -114,6 +116,7 @@ def migrate(
     watcher, stop = watcher or Silent(), stop or StopRequest()
     check_files(request)
     with open_ends(request, source_uri, stop) as ends:
+        ends.source_facts, ends.destination_facts = find_agents(request, ends.source_facts, ends.destination_facts)
         plan = negotiate(request, ends.source_facts, ends.destination_facts, ends.guest)
         plan.raise_if_refused()
         _refuse_blind_fence(plan.request, ends)
@@ -129,6 +132,7 @@ def plan_only(request: MigrationRequest, *, source_uri: str | None = None) -> tu
     """What `migrate` would do, refusals included, and the facts of both hosts; starts nothing."""
     check_files(request)
     with open_ends(request, source_uri, StopRequest()) as ends:
+        ends.source_facts, ends.destination_facts = find_agents(request, ends.source_facts, ends.destination_facts)
         plan = negotiate(request, ends.source_facts, ends.destination_facts, ends.guest)
         return plan, ends.source_facts, ends.destination_facts
 
@@ -193,7 +197,9 @@ class _Run:
 
     def once(self) -> Outcome:
         fenced = "fence" in self.request
-        call = migrate_call(self.request, extra_flags=HOLD_FLAG if fenced else 0)
+        self.relay = self._shake_hands() if self.plan.transport == "relay" else None
+        to_libvirt = self.relay.request if self.relay else self.request
+        call = migrate_call(to_libvirt, extra_flags=HOLD_FLAG if fenced else 0)
         ends = self.ends
         keepalive = FENCED_KEEPALIVE if fenced else None
         self.job = MigrationJob(
@@ -220,6 +226,26 @@ class _Run:
             return self._conclude()
         finally:
             self.job.close()
+            if self.relay is not None and not self.detached:
+                self.relay.session.close()
+
+    def _shake_hands(self) -> Relay:
+        """Before libvirt is told anything: a refusal of the other host's agent leaves nothing behind."""
+        relay = Relay(self.plan, self.ends.guest, self.ends.source_facts, self._agents_say)
+        self.watcher.message(relay.words)
+        for row in relay.agreed.answer.verdicts:
+            if row.outcome == "adjusted":
+                self.watcher.message(f"--{row.feature}: {row.asked} -> {row.given}: {row.reason}", "warning")
+        return relay
+
+    def _agents_say(self, said: Changed | Ended) -> None:
+        """In the thread that follows the session."""
+        if isinstance(said, Changed) and said.state == "reconnecting":
+            self.watcher.message(
+                f"the agents have lost each other ({said.words}); the guest does not notice", "warning"
+            )
+        elif isinstance(said, Ended) and said.state != "finished":
+            self.watcher.message("the agents gave up: " + "; ".join(row.reason for row in said.reasons), "warning")
 
     # -- watching --------------------------------------------------------------------------------------------------
 

@@ -194,7 +194,11 @@ OUR_OPTIONS: tuple[Option, ...] = (
             ours=True, group="channels"),
     _choice("postcopy-preempt", "a channel of its own for the pages a postcopy guest waits for; libvirt agrees on it "
             "by itself when both QEMUs have it", "on", "off", "auto", default="auto", group="channels"),
-    _choice("transport", "who moves the bytes; auto lets the plan choose", "auto", "direct", default="auto",
+    _choice("transport", "who moves the bytes: both QEMUs themselves, or the agents of both hosts between them; auto "
+            "lets the plan choose", "auto", "direct", "relay", default="auto", group="channels"),
+    _string("agent", "socket of the source host's agent; its usual place when left out", ours=True, group="channels"),
+    _string("destination-agent", "where the destination's agent listens, tcp:HOST:PORT, unix:PATH or ssh:HOST, more "
+            "than one separated by commas; the host of the destination URI when left out", ours=True,
             group="channels"),
     _switch("strict", "refuse instead of adjusting anything that was asked for", ours=True, group="plan"),
     _switch("plan", "start nothing; print what would be done, why, and on what evidence", ours=True,
@@ -413,6 +417,18 @@ RULES: tuple[Rule, ...] = (
     Rule(when=("disks-uri=unix", "tls"), excludes=("tls",),
          message="NBD migration with TLS is not supported over UNIX socket", hint="use a tcp: disks URI",
          source="libvirt qemu_migration.c"),
+    *(Rule(when=("transport=relay", other), excludes=(other,),
+           message=f"--transport relay: the agents settle it between them, --{other} cannot be given",
+           hint=f"leave out --{other}, or leave out --transport relay", source="virtmig")
+      for other in ("migrateuri", "listen-address", "disks-uri", "disks-port")),
+    *(Rule(when=("transport=relay", other), excludes=(other,), message=message, hint=hint, source="virtmig")
+      for other, message, hint in (
+          ("tunnelled", "--tunnelled goes through libvirt's daemons, --transport relay through the agents",
+           "leave out --tunnelled: the relay encrypts as well, and carries every channel"),
+          ("tls", "--tls of QEMU hides from the agents which channel is which; the link between them has TLS itself",
+           "leave out --tls"),
+          ("rdma-pin-all", "RDMA cannot go through a relay", "leave out --transport relay"),
+          ("offline", "--offline moves no memory: there is nothing to relay", "leave out --transport relay"))),
     Rule(when=("fence",), excludes=("postcopy",),
          message="--fence holds the destination paused until the source has stopped; postcopy must run it earlier",
          hint="leave out --postcopy, or leave out --fence", source="virtmig"),

@@ -54,21 +54,17 @@ def negotiate(request: MigrationRequest, source: HostFacts, destination: HostFac
         _check_rdma(draft)
         _suggest(draft)
     _check_known_bad(draft)
+    _check_agents(draft)
     return _finish(draft)
 
 
 def _finish(draft: Draft) -> Plan:
-    asked = draft.request.text("transport")
     return Plan(
         domain=draft.guest.name or draft.request.domain,
         source=draft.source.label,
         destination=draft.destination.label,
-        transport="direct",
-        transport_reason=(
-            "asked for with --transport direct"
-            if asked == "direct"
-            else "auto: QEMU to QEMU, as no agent runs on these hosts"
-        ),
+        transport="relay" if draft.relay else "direct",
+        transport_reason=draft.transport_reason,
         channels=_channels(draft),
         choices=tuple(_choice(draft, row) for row in FEATURES),
         refusals=tuple(draft.refusals),
@@ -291,11 +287,11 @@ def _check_zero_copy(draft: Draft) -> None:
     if "zero-copy-send" not in draft.on:
         return
     source, guest = draft.source, draft.guest
-    if draft.transport.name == "unix":
+    if draft.transport.name in ("unix", "relay"):
         draft.refuse(
             "zero-copy-send",
             "Zero copy send feature not detected in host kernel: unix sockets do not have it",
-            "leave out --zerocopy, or use a tcp migrate URI",
+            "leave out --zerocopy, or use a tcp migrate URI and --transport direct",
         )
     need = guest.hard_limit_bytes or guest.memory_bytes
     limit = source.locked_memory_limit_bytes
@@ -324,6 +320,18 @@ def _check_tls(draft: Draft) -> None:
             )
         elif host.tls_files.status == "unknown":
             draft.warn("tls", f"the certificates of {host.label} were not seen: {host.tls_files.evidence}")
+
+
+def _check_agents(draft: Draft) -> None:
+    if not draft.relay:
+        return
+    for host in (draft.source, draft.destination):
+        if host.agent.status == "no":
+            draft.refuse(
+                "relay",
+                f"--transport relay needs an agent on {host.label}: {host.agent.evidence}",
+                "systemctl start virtmig-agent.socket on that host, or leave out --transport relay",
+            )
 
 
 def _check_rdma(draft: Draft) -> None:
@@ -430,6 +438,8 @@ def _channels(draft: Draft) -> tuple[Channel, ...]:
     both_ways = draft.transport.both_ways
     found = [Channel("main", 1, both_ways, "" if both_ways else "a one-way transport carries one channel")]
     if draft.resume:
+        if draft.relay:
+            found.append(Channel("priority", 1, False, "if both QEMUs had it before"))
         return tuple(found)
     if "multifd" in draft.on:
         asked = draft.request.number("parallel-connections")

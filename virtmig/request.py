@@ -274,7 +274,7 @@ def tokens(values: Mapping[str, Value]) -> frozenset[str]:
     for name in ("migrateuri", "disks-uri"):
         if name in values:
             found.add(f"{name}={str(values[name]).partition(':')[0]}")
-    for name in ("on-stall", "postcopy-preempt"):
+    for name in ("on-stall", "postcopy-preempt", "transport"):
         if name in values:
             found.add(f"{name}={values[name]}")
     return frozenset(found)

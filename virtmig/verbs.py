@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from virtmig.options import OPTIONS, Kind, Option
+from virtmig.options import BY_NAME, OPTIONS, Kind, Option
 
 #: what libvirt's QEMU driver stores for "unlimited": the largest speed migrate-setspeed takes (INT64_MAX in MiB/s)
 UNLIMITED_MIB_S = ((1 << 63) - 1) >> 20
@@ -31,6 +31,10 @@ DOMAIN = Option(name="domain", kind=Kind.STRING, help="domain name, id or uuid",
 def _switch(name: str, help: str) -> Option:
     return Option(name=name, kind=Kind.BOOL, help=help)
 
+
+#: the options of migrate that a handshake can be asked about
+HANDSHAKE_OPTIONS = ("live", "postcopy", "postcopy-preempt", "parallel", "parallel-connections", "threads",
+                     "comp-methods", "auto-converge", "zerocopy", "copy-storage-all", "strict")  # fmt: skip
 
 # fmt: off
 VERBS: tuple[Verb, ...] = (
@@ -196,6 +200,55 @@ VERBS: tuple[Verb, ...] = (
             ("virtmig inspect recording/ --json", "all channels of a recording, for a program"),
             ("virtmig inspect - --events", "a stream from a pipe, as it comes"),
         ),
+    ),
+    Verb(
+        name="agent", help="run the agent of this host", ours=True,
+        description="The service that other hosts' agents and this host's clients talk to: it says what this host can "
+        "do, agrees on migrations, and carries QEMU's channels over the network (--transport relay). Normally started "
+        "by systemd; its settings are in /etc/virtmig/agent.toml.",
+        options=(
+            Option(name="config", kind=Kind.FILE, help="settings, instead of /etc/virtmig/agent.toml"),
+            Option(name="listen", kind=Kind.STRING, help="addresses instead of those of the settings, separated by "
+                   "commas: tcp:HOST:PORT, unix:PATH"),
+            _switch("stdio", "carry standard input and output to this host's agent, which is started when none runs: "
+                    "what the agent of another host calls over ssh"),
+            _switch("local-only", "listen on the clients' socket alone"),
+            Option(name="idle-exit", kind=Kind.NUMBER, help="end when nothing was to be done for so long", unit="s",
+                   minimum=1, maximum=86_400),
+        ),
+        examples=(
+            ("virtmig agent --listen tcp:0.0.0.0:16515", "in a terminal, to try it"),
+            ("virtmig migrate --live web01 qemu+ssh://host-b/system --transport relay", "with agents on both hosts"),
+        ),
+    ),
+    Verb(
+        name="handshake", help="let two agents shake hands, and show what they agree on", ours=True,
+        description="Opens a session between this host's agent and another one, every channel included, shows each "
+        "message and the agreement, and ends it. Nothing is migrated.",
+        options=(
+            Option(name="source", kind=Kind.STRING, help="socket of the source's agent, or local", positional=True,
+                   required=True),
+            Option(name="destination", kind=Kind.STRING, help="the other agent: tcp:HOST:PORT, unix:PATH or ssh:HOST",
+                   positional=True, required=True),
+            Option(name="domain", kind=Kind.STRING, help="the guest that would be migrated", positional=True),
+            *(BY_NAME[name] for name in HANDSHAKE_OPTIONS),
+            _switch("json", "every message and the agreement as JSON lines"),
+        ),
+        examples=(
+            ("virtmig handshake local tcp:host-b:16515 --parallel-connections 10 --parallel",
+             "would host-b take ten connections?"),
+        ),
+    ),
+    Verb(
+        name="recover", help="finish a postcopy that broke, as this host's agent remembers it", ours=True,
+        description="Where a postcopy through the agents was broken off, the source's agent remembers how it was "
+        "started; this resumes it.",
+        options=(
+            DOMAIN,
+            Option(name="agent", kind=Kind.STRING, help="socket of this host's agent"),
+            Option(name="transport", kind=Kind.CHOICE, help="who moves the rest", choices=("relay", "direct")),
+        ),
+        examples=(("virtmig recover web01", "go on where it broke"),),
     ),
     Verb(
         name="doctor", help="check whether the hosts are ready to migrate, and say how to fix what is not", ours=True,

@@ -236,7 +236,7 @@ class Shell:
             if known is not None:
                 known.broken()
             up_to = known.received_up_to if known is not None else 0
-            return self.side.resume(connection, event.message, 0.0, received_up_to=up_to, peer="hand")
+            return self.side.resume(connection, event.message, 0.0, received_up_to=lambda: up_to, peer="hand")
         if isinstance(self.side, Initiator) and connection in self.side._dialled:
             return self.side.receive_on(connection, event, 0.0)
         return self.side.receive(event, 0.0)

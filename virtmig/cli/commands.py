@@ -188,3 +188,21 @@ def run_inspect(values: dict[str, Any], options: GlobalOptions) -> int:
     from virtmig.cli.inspect import run_inspect as run
 
     return run(values)
+
+
+def run_agent(values: dict[str, Any], options: GlobalOptions) -> int:
+    from virtmig.cli.agent_commands import run_agent as run
+
+    return run(values, options)
+
+
+def run_handshake(values: dict[str, Any], options: GlobalOptions) -> int:
+    from virtmig.cli.agent_commands import run_handshake as run
+
+    return run(values, options)
+
+
+def run_recover(values: dict[str, Any], options: GlobalOptions) -> int:
+    from virtmig.cli.agent_commands import run_recover as run
+
+    return run(values, options)

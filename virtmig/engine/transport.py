@@ -209,13 +209,27 @@ class Listener:
         try:
             self.socket = _listen(address, backlog)
         except OSError as error:
-            raise ChannelError(
-                f"cannot listen on {address}: {error.strerror or error}", hint=_listen_hint(error)
-            ) from None
+            # strerror of create_server says the address once more
+            words = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or error
+            raise ChannelError(f"cannot listen on {address}: {words}", hint=_listen_hint(error)) from None
         self.address = address if address.path else Address(address.host, self.socket.getsockname()[1])
         self.socket.setblocking(False)  # accept only what is there: who waits, waits for many
         self._made = os.stat(address.path).st_ino if address.path else None
         self._forget = stop.on_request(self._wake)
+
+    @classmethod
+    def of(cls, listening: socket.socket, stop: Stop) -> Listener:
+        """One that somebody else has made (systemd); its unix path is not removed by us."""
+        listener = cls.__new__(cls)
+        listener._stop = stop
+        listener.socket = listening
+        name = listening.getsockname()
+        unix = listening.family == socket.AF_UNIX
+        listener.address = Address(path=str(name)) if unix else Address(name[0], name[1])
+        listening.setblocking(False)
+        listener._made = None
+        listener._forget = stop.on_request(listener._wake)
+        return listener
 
     def accept(self) -> socket.socket | None:
         """A waiting connection, None when there is none."""
@@ -285,6 +299,11 @@ def _resolve(address: Address) -> Iterable[tuple[int, str | tuple[object, ...]]]
 
 def _listen(address: Address, backlog: int) -> socket.socket:
     if not address.path:
+        if not address.host and socket.has_dualstack_ipv6():  # both families, as QEMU does
+            with contextlib.suppress(OSError):  # no IPv6 on this host; whatever else is wrong is said below
+                return socket.create_server(
+                    ("", address.port), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True
+                )
         family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
         if address.host and family == socket.AF_INET:
             family = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0][0]

@@ -39,6 +39,7 @@ class HostState(msgspec.Struct, kw_only=True):
     folder: str
     address: str
     keeper: Process | None = None
+    agent: Process | None = None
     user: str = ""
 
 
@@ -201,7 +202,11 @@ class LabHost:
         return True
 
     def stop(self) -> None:
-        """End the daemon, its guests and the keeper."""
+        """End the agent, the daemon, its guests and the keeper."""
+        if self.state.agent is not None:
+            self.state.agent.signal(signal.SIGTERM)
+            self.state.agent.end(5.0)
+            self.state.agent = None
         if self.state.keeper is not None:
             self.state.keeper.end(15.0)
             with contextlib.suppress(ChildProcessError):  # ours only when this process called `up`

@@ -200,6 +200,16 @@ class FrameDecoder:
         """Nothing has begun that is not complete: only here may a connection end without a loss."""
         return not (self._preface_left or self._kept or self._skip_left or self._data_left or self._input)
 
+    @property
+    def wanted_bytes(self) -> int:
+        """How many bytes to read at most so that nothing behind the next frame (or piece of DATA) is taken."""
+        if self._preface_left or self._skip_left or self._data_left:
+            return self._preface_left or self._skip_left or self._data_left
+        if len(self._kept) < HEADER.size:
+            return HEADER.size - len(self._kept)
+        number, _, _, length = HEADER.unpack_from(self._kept)
+        return HEADER.size + (POSITION.size if number == T.DATA else int(length)) - len(self._kept)
+
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """More bytes, of any number. They are copied only where an earlier feed was not read to its end."""
         fed = memoryview(data).cast("B")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import ClassVar
 
 from virtmig.errors import LocalProtocolError, RemoteProtocolError
@@ -155,11 +155,18 @@ class Responder(Handshake):
         return actions
 
     def resume(
-        self, connection: Hashable, message: Resume, now: float, *, received_up_to: int = 0, peer: str = ""
+        self,
+        connection: Hashable,
+        message: Resume,
+        now: float,
+        *,
+        received_up_to: Callable[[], int] = lambda: 0,
+        peer: str = "",
     ) -> list[Action]:
-        """A connection that began with Resume. `received_up_to`: how far this side has received on that channel.
+        """A connection that began with Resume. The old one, when it still seems to live, is closed.
 
-        The old connection, when it still seems to live, is closed: read nothing more from it before calling this.
+        `received_up_to` is called once the peer has proved itself: how far this side has received on that channel,
+        after which nothing more may be read from the old connection.
         """
         channel, proofs = message.channel, self._proofs
         problem = ""
@@ -179,12 +186,13 @@ class Responder(Handshake):
         if channel in self._connections:
             actions.append(Close(self._connections[channel]))
         self._attempts[channel] = message.attempt
+        received = received_up_to()
         accepted = ResumeAccepted(
             role=channel.role,
             index=channel.index,
             attempt=message.attempt,
-            received_up_to=received_up_to,
-            proof=proofs.of_attempt(RESUMED, channel, message.attempt, received_up_to),
+            received_up_to=received,
+            proof=proofs.of_attempt(RESUMED, channel, message.attempt, received),
         )
         actions.append(Send(connection, accepted, encode_message(accepted)))
         self._enter("resumed", now)

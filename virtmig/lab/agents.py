@@ -1,0 +1,94 @@
+"""An agent on each host of the lab, with a pre-shared key between them."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from virtmig.errors import LabError
+from virtmig.lab.hosts import LabHost
+from virtmig.lab.lab import Lab
+from virtmig.lab.processes import Process, await_true
+
+START_S = 20.0
+
+
+def agent_socket(host: LabHost) -> Path:
+    """Where clients of that host's agent connect, as seen from outside."""
+    return host.folder / "run" / "virtmig" / "agent.sock"
+
+
+def agent_address(host: LabHost) -> str:
+    """What `--destination-agent` takes."""
+    return f"tcp:{host.state.address}:16515" if host.full else f"unix:{host.folder}/run/virtmig/link.sock"
+
+
+def agent_log(host: LabHost) -> Path:
+    return host.folder / "log" / "agent.log"
+
+
+def start_agents(lab: Lab, settings: str = "") -> None:
+    """On both hosts; `settings` are more lines for both agent.toml. Raises LabError with the log's last lines."""
+    key = lab.folder / "agent.key"
+    key.write_text(secrets.token_hex(32) + "\n")
+    key.chmod(0o600)
+    for host in lab.hosts:
+        start_agent(lab, host, settings)
+
+
+def start_agent(lab: Lab, host: LabHost, settings: str = "") -> None:
+    """One of them; the key must be there."""
+    if host.state.agent is not None and host.state.agent.alive:
+        raise LabError(f"an agent runs on {host.hostname} already", hint=f"kill {host.state.agent.pid}")
+    (host.folder / "run" / "virtmig").mkdir(mode=0o755, exist_ok=True)
+    config = host.folder / "agent.toml"
+    config.write_text(_configuration(lab, host) + settings)
+    words = [sys.executable, "-m", "virtmig.cli.main", "agent", "--config", str(config)]
+    root = str(Path(__file__).resolve().parents[2])
+    with open(agent_log(host), "ab") as log:
+        process = subprocess.Popen(
+            host.command(words), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            env={**os.environ, "PYTHONPATH": root, "VIRTMIG_LAB": str(lab.folder)},
+        )  # fmt: skip
+    host.state.agent = Process.of(process.pid)
+    lab.save()
+    socket = agent_socket(host)
+    await_true(lambda: process.poll() is not None or _accepts(socket), START_S, f"the agent of {host.hostname}",
+               agent_log(host))  # fmt: skip
+    if process.poll() is not None:
+        tail = agent_log(host).read_text(errors="replace").strip().splitlines()[-5:]
+        raise LabError(f"the agent of {host.hostname} has ended: {' / '.join(tail)}")
+
+
+def kill_agent(lab: Lab, host: LabHost, number: int = signal.SIGKILL) -> None:
+    """And wait until it has gone."""
+    if host.state.agent is not None:
+        host.state.agent.signal(number)
+        agent = host.state.agent
+        await_true(lambda: not agent.alive, 15.0, f"the end of the agent of {host.hostname}")
+        host.state.agent = None
+        lab.save()
+
+
+def _accepts(path: Path) -> bool:
+    from virtmig.engine.agents import reachable
+
+    return not reachable(f"unix:{path}")
+
+
+def _configuration(lab: Lab, host: LabHost) -> str:
+    folder = f"{host.folder}/run/virtmig"
+    local = "/run/virtmig" if host.full else folder
+    listen = f"tcp:{host.state.address}:16515" if host.full else f"unix:{folder}/link.sock"
+    uri = "" if host.full else "qemu:///session"
+    return (
+        f'listen = ["{listen}"]\n'
+        f'security = "key"\nkey_file = "{lab.folder}/agent.key"\n'
+        'allow = [{ peer = "key", rights = ["send"] }]\n'
+        f'local = {{ socket = "{local}/agent.sock" }}\n'
+        f'qemu = {{ sockets_folder = "{local}/qemu", libvirt_uri = "{uri}" }}\n'
+    )

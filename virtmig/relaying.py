@@ -1,0 +1,105 @@
+"""The agents' part of one migration: whether both hosts have one, the handshake, and what libvirt is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+import msgspec
+
+from virtmig.agreement import Plan
+from virtmig.engine.agents import DEFAULT_PORT, RelaySession, ask_facts, default_socket, reachable, shake_hands
+from virtmig.errors import MigrationError
+from virtmig.facts import Finding, GuestFacts, HostFacts
+from virtmig.link.asking import Changed, Ended
+from virtmig.request import MigrationRequest
+
+#: what concerns this command alone, and not the other host
+_OURS_ALONE = frozenset({"agent", "destination-agent", "progress", "json", "quiet", "exit-codes", "verbose", "plan",
+                         "xml", "persistent-xml", "retries", "query-qemu"})  # fmt: skip
+
+
+def find_agents(request: MigrationRequest, source: HostFacts, destination: HostFacts) -> tuple[HostFacts, HostFacts]:
+    """Both hosts' facts, with what is known of their agents. Nobody is asked when the bytes go another way anyhow."""
+    if request.text("transport") == "direct":
+        return source, destination
+    mine = _agent_of_source(request, source)
+    if mine.status == "yes" or request.text("transport") == "relay":
+        theirs = _agent_of_destination(request, destination)
+    else:
+        theirs = Finding("unknown", "not looked for")
+    replace = msgspec.structs.replace
+    return replace(source, agent=mine), replace(destination, agent=theirs)
+
+
+def _agent_of_source(request: MigrationRequest, source: HostFacts) -> Finding:
+    path = request.text("agent").removeprefix("unix:") or str(default_socket())
+    try:
+        facts = ask_facts(path).facts
+    except MigrationError as error:
+        return Finding("no", error.message)
+    if facts.host_uuid and source.host_uuid and facts.host_uuid != source.host_uuid:
+        return Finding("no", f"the agent at {path} is that of {facts.label}")
+    return Finding("yes", f"it answers at {path}")
+
+
+def _agent_of_destination(request: MigrationRequest, destination: HostFacts) -> Finding:
+    addresses = destination_agents(request)
+    if not addresses:
+        return Finding("no", "its address is not known: --destination-agent tcp:HOST:PORT")
+    for address in addresses:
+        problem = reachable(address)
+        if not problem:
+            return Finding("yes", f"something listens at {address}")
+    if request.text("transport") == "relay":
+        # this command may stand elsewhere than the source's agent, which will try itself
+        return Finding("unknown", f"{addresses[0]}: {problem}")
+    return Finding("no", f"{addresses[0]}: {problem}")
+
+
+def destination_agents(request: MigrationRequest) -> tuple[str, ...]:
+    """As given, else the agents' port of the host in the destination's URI; empty when it names none."""
+    if given := request.text("destination-agent"):
+        return tuple(part.strip() for part in given.split(",") if part.strip())
+    host = urlsplit(request.destination_uri).hostname
+    if not host:
+        return ()
+    return (f"tcp:[{host}]:{DEFAULT_PORT}" if ":" in host else f"tcp:{host}:{DEFAULT_PORT}",)
+
+
+class Relay:
+    """A session of the agents for one attempt. `request` is what libvirt gets."""
+
+    def __init__(
+        self, plan: Plan, guest: GuestFacts, source: HostFacts, tell: Callable[[Changed | Ended], None]
+    ) -> None:
+        """Shake hands. Raises PlanRefused with the destination's reasons, ChannelError; nothing has started then."""
+        request = plan.request
+        values = {name: value for name, value in plan.values.items() if name not in _OURS_ALONE}
+        values["transport"] = "relay"
+        path = request.text("agent").removeprefix("unix:") or str(default_socket())
+        connection, self.agreed = shake_hands(
+            path, ",".join(destination_agents(request)), request=values, guest=guest, facts=source,
+            fixed=(),
+        )  # fmt: skip
+        self.session = RelaySession(connection, self.agreed, tell)
+        attachment = self.agreed.attachment
+        assert attachment is not None  # a session without one is only a handshake
+        changes: dict[str, object] = {
+            "transport": "direct",
+            "migrateuri": attachment.uri,
+            "listen_address": attachment.listen_address or None,
+            "disks_uri": attachment.disks_uri or None,
+        }
+        for row in self.agreed.answer.verdicts:
+            if row.outcome == "adjusted":
+                changes[row.feature.replace("-", "_")] = self.agreed.answer.settled.get(row.feature)
+        self.request = request.replace(**changes)  # type: ignore[arg-type]
+
+    @property
+    def words(self) -> str:
+        """One line for people."""
+        agreed = self.agreed
+        channels = ", ".join(str(channel) for channel in agreed.channels)
+        way = agreed.attachment.uri if agreed.attachment else "nowhere"
+        return f"agreed with {agreed.peer} in {agreed.ms:.0f} ms, {agreed.round_trips} round trips: {channels}; {way}"
