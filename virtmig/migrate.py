@@ -22,8 +22,10 @@ from tenacity import Retrying, retry_if_exception, retry_if_result, stop_after_a
 from virtmig.domain.document import parse_xml
 from virtmig.errors import ConnectionFailed, DomainXmlError, PlanRefused, RequestError, VirtError
 from virtmig.facts import GuestFacts, HostFacts
+from virtmig.fitting import Fitted, fit
 from virtmig.forecast import Forecast, forecast
 from virtmig.link.asking import Changed, Ended
+from virtmig.obstacles import Caution
 from virtmig.plan import Plan, negotiate
 from virtmig.policy import Action, Decision, History, Policy, decide
 from virtmig.progress import Outcome, PassCounter, Phase, Progress, Status, Whereabouts
@@ -120,9 +122,10 @@ def migrate(
         plan = negotiate(request, ends.source_facts, ends.destination_facts, ends.guest)
         plan.raise_if_refused()
         _refuse_blind_fence(plan.request, ends)
+        fitted = fit(ends.domain, request, source=ends.source.name, destination=ends.destination_name)
         watcher.start(ends.name, ends.source.name, ends.destination_name, plan)
         outcome: Outcome = _retrying(request, stop, retry_if_result(_may_try_again))(
-            _Run(ends, plan, watcher, stop).once
+            _Run(ends, plan, watcher, stop, fitted).once
         )
         watcher.finish(outcome)
         return outcome
@@ -134,6 +137,9 @@ def plan_only(request: MigrationRequest, *, source_uri: str | None = None) -> tu
     with open_ends(request, source_uri, StopRequest()) as ends:
         ends.source_facts, ends.destination_facts = find_agents(request, ends.source_facts, ends.destination_facts)
         plan = negotiate(request, ends.source_facts, ends.destination_facts, ends.guest)
+        fitted = fit(ends.domain, request, source=ends.source.name, destination=ends.destination_name)
+        notes = tuple(Caution("xml", f"{change}  [{change.rule}]") for change in fitted.changes)
+        plan = msgspec.structs.replace(plan, notes=plan.notes + notes)
         return plan, ends.source_facts, ends.destination_facts
 
 
@@ -188,7 +194,8 @@ def open_ends(request: MigrationRequest, source_uri: str | None, stop: StopReque
 class _Run:
     """One attempt: start the job, watch it, conclude. The state of an attempt, nothing of the next."""
 
-    def __init__(self, ends: Ends, plan: Plan, watcher: Watcher, stop: StopRequest) -> None:
+    def __init__(self, ends: Ends, plan: Plan, watcher: Watcher, stop: StopRequest, fitted: Fitted) -> None:
+        self.fitted = fitted
         self.ends = ends
         self.plan = plan
         self.request = plan.request
@@ -199,7 +206,7 @@ class _Run:
         fenced = "fence" in self.request
         self.relay = self._shake_hands() if self.plan.transport == "relay" else None
         to_libvirt = self.relay.request if self.relay else self.request
-        call = migrate_call(to_libvirt, extra_flags=HOLD_FLAG if fenced else 0)
+        call = self.fitted.into(migrate_call(to_libvirt, extra_flags=HOLD_FLAG if fenced else 0))
         ends = self.ends
         keepalive = FENCED_KEEPALIVE if fenced else None
         self.job = MigrationJob(

@@ -184,6 +184,21 @@ VERBS: tuple[Verb, ...] = (
         ),
     ),
     Verb(
+        name="show-xml", help="show the domain XML that the destination would get, and what differs", ours=True,
+        description="Fits the domain's XML to the destination by the rules in /etc/virtmig/rules.d (grammar: "
+        "xml/virtmig-rules.rng, example: xml/rules/example.xml) and shows every change with its rule. What the guest "
+        "sees is never changed: a rule that would is refused, with every difference.",
+        options=(
+            DOMAIN,
+            Option(name="desturi", kind=Kind.STRING, help="connection URI of the destination host", positional=True,
+                   required=True),
+            Option(name="rules", kind=Kind.STRING, help="a file of rules or a folder of them, or more separated by "
+                   "commas, instead of /etc/virtmig/rules.d"),
+            _switch("json", "the new XML and the changes as JSON (passwords included)"),
+        ),
+        examples=(("virtmig show-xml web01 qemu+ssh://host-b/system", "before the first migration"),),
+    ),
+    Verb(
         name="inspect", help="show what a recorded migration or a saved guest holds", ours=True,
         description="Show a migration stream, a file of virsh save, a mapped-ram file, one channel of a migration or a "
         "folder with all of them (CHANNEL.s2d.xz): which QEMU may have written it, machine, capabilities, RAM blocks, "

@@ -190,6 +190,12 @@ def run_inspect(values: dict[str, Any], options: GlobalOptions) -> int:
     return run(values)
 
 
+def run_show_xml(values: dict[str, Any], options: GlobalOptions) -> int:
+    from virtmig.cli.show_xml import run_show_xml as run
+
+    return run(values, options)
+
+
 def run_agent(values: dict[str, Any], options: GlobalOptions) -> int:
     from virtmig.cli.agent_commands import run_agent as run
 

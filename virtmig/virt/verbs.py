@@ -79,3 +79,19 @@ def abort_job(connection: Any, name: str, *, postcopy: bool) -> None:
             domain.abortJobFlags(libvirt.VIR_DOMAIN_ABORT_JOB_POSTCOPY)
         else:
             domain.abortJob()
+
+
+def hostname(connection: Any) -> str:
+    """What the host calls itself (virConnectGetHostname)."""
+    with translated():
+        return str(connection.getHostname())
+
+
+def migratable_xml(domain: Any, *, inactive: bool = False) -> str:
+    """As the other host would get it, passwords included; of a transient domain `inactive` is "" ."""
+    with translated():
+        if not inactive:
+            return str(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_MIGRATABLE))
+        if not domain.isPersistent():
+            return ""
+        return str(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE))
