@@ -1,7 +1,7 @@
-"""`./dev demo`: two hosts, a guest that writes all the time, there and back, every byte checked, nothing left running.
+"""`./dev demo`: two hosts with agents, a guest that writes all the time, there and back, every byte checked.
 
-There by parallel precopy, back by postcopy where this user can have it. Bandwidth is limited so that there is something
-to see; the numbers say so.
+There by parallel precopy through the agents, back by postcopy where this user can have it. Bandwidth is limited so that
+there is something to see; the numbers say so. Nothing is left running.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from virtmig.cli.display import make_display, resolve_mode
 from virtmig.cli.signals import stop_on_signals
 from virtmig.errors import MigrationError
+from virtmig.lab.agents import agent_address, agent_socket, start_agents
 from virtmig.lab.guest import GuestSettings
 from virtmig.lab.hosts import LabHost
 from virtmig.lab.lab import Lab
@@ -47,8 +48,10 @@ def _demo(folder: Path, stop: StopRequest) -> int:
     print(f"virtmig demo: {form}, one guest of {GUEST.memory_mib} MiB that writes {GUEST.dirty_mib_s:g} MiB/s (TCG)")
     lab = Lab.up(folder)
     try:
+        start_agents(lab)
         lab.start_guest(GUEST)
-        print(f"  up in {time.monotonic() - begin:.1f} s; {GUEST.name} runs on {lab.a.hostname}\n", flush=True)
+        print(f"  up in {time.monotonic() - begin:.1f} s; {GUEST.name} runs on {lab.a.hostname}", flush=True)
+        print("  an agent on each host; they shake hands before every migration and carry QEMU's channels\n", flush=True)
         there = {"parallel": True, "parallel-connections": 2, "bandwidth": BANDWIDTH_MIB_S}
         back = {"bandwidth": BANDWIDTH_MIB_S}
         if lab.full:
@@ -69,11 +72,14 @@ def _demo(folder: Path, stop: StopRequest) -> int:
 def _leg(
     lab: Lab, source: LabHost, destination: LabHost, options: dict[str, int | bool], stop: StopRequest
 ) -> Outcome | None:
-    request = MigrationRequest({"domain": GUEST.name, "desturi": destination.uri, "live": True, **options})
+    request = MigrationRequest(
+        {"domain": GUEST.name, "desturi": destination.uri, "live": True, **options, "transport": "relay",
+         "agent": str(agent_socket(source)), "destination-agent": agent_address(destination)}
+    )  # fmt: skip
     words = " ".join(
         f"--{name}" if request[name] is True else f"--{name} {request[name]}"
         for name in request
-        if name not in ("domain", "desturi")
+        if name not in ("domain", "desturi", "agent", "destination-agent")
     )
     print(f"$ virtmig migrate {GUEST.name} {destination.hostname} {words}", flush=True)
     with make_display(resolve_mode(request, sys.stderr.isatty())) as display:
