@@ -57,6 +57,41 @@ def test_transport_auto_is_direct_and_says_why() -> None:
     assert "asked for" in plan(ask("live", transport="direct")).transport_reason
 
 
+def test_auto_takes_the_agents_when_both_hosts_have_one_and_nothing_speaks_against_it() -> None:
+    here = {"agent": Finding("yes", "it answers")}
+    assert plan(ask("live"), both=here).transport == "relay"
+    assert "both hosts" in plan(ask("live"), both=here).transport_reason
+    one = plan(ask("live"), source=here, destination={"agent": Finding("no", "nobody listens there")})
+    assert one.transport == "direct"
+    assert "nobody listens there" in one.transport_reason
+    for asked in (ask("live", migrateuri="tcp://h"), ask("live", "tls"), ask("p2p", "tunnelled")):
+        found = plan(asked, both=here)
+        assert found.transport == "direct"
+        assert "was given" in found.transport_reason
+    assert plan(ask("live", transport="direct"), both=here).transport == "direct"
+
+
+def test_the_relay_is_refused_where_an_agent_is_missing() -> None:
+    missing = {"agent": Finding("no", "nobody listens there")}
+    found = plan(ask("live", transport="relay"), source={"agent": Finding("yes")}, destination=missing)
+    refusal = next(item for item in found.refusals if item.feature == "relay")
+    assert "nobody listens there" in refusal.reason
+    assert "virtmig-agent" in refusal.way_out
+    assert not plan(ask("live", transport="relay")).refused  # not known: the source's agent will find out
+
+
+def test_the_relay_carries_every_channel_and_no_zero_copy() -> None:
+    here = {"agent": Finding("yes")}
+    found = plan(ask("live", "postcopy", "parallel", parallel_connections=3, transport="relay"), both=here)
+    assert [(row.role, row.count) for row in found.channels] == [("main", 1), ("parallel", 3), ("priority", 1)]
+    again = plan(
+        ask("live", "postcopy", "postcopy-resume", transport="relay"), guest={"postcopy_failed": True}, both=here
+    )
+    assert [row.role for row in again.channels] == ["main", "priority"]
+    refused = plan(ask("live", "parallel", "zerocopy", transport="relay"), both=here)
+    assert "zero-copy-send" in {item.feature for item in refused.refusals}
+
+
 def test_direct_migration_is_refused_for_qemu() -> None:
     [refusal] = plan(ask("live", "direct")).refusals
     assert refusal.reason.startswith("direct migration is not supported by the source host")

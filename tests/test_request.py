@@ -185,6 +185,16 @@ DRIVER_CASES = {
     "--live --postcopy-after-passes 2": "Option --postcopy is required by option --postcopy-after-passes",
     "--live --on-stall postcopy": "--on-stall postcopy needs --postcopy",
     "--live --postcopy-preempt on": "Postcopy preempt requires postcopy-ram",
+    "--live --transport relay --migrateuri tcp://h": "--transport relay: the agents settle it between them, --mig",
+    "--live --transport relay --listen-address h": "--transport relay: the agents settle it between them, --lis",
+    "--live --transport relay --copy-storage-all --disks-uri tcp://h": "--transport relay: the agents settle it "
+    "between them, --disks-uri",
+    "--live --transport relay --copy-storage-all --disks-port 5": "--transport relay: the agents settle it between "
+    "them, --disks-port",
+    "--live --p2p --tunnelled --transport relay": "--tunnelled goes through libvirt's daemons, --transport relay",
+    "--live --transport relay --tls": "--tls of QEMU hides from the agents which channel is which",
+    "--live --transport relay --rdma-pin-all": "RDMA cannot go through a relay",
+    "--offline --persistent --transport relay": "--offline moves no memory: there is nothing to relay",
     "--live --fence --postcopy": "--fence holds the destination paused until the source has stopped",
     "--offline --persistent --fence": "--fence is for running guests",
     "--json --verbose": "Options --json and --verbose are mutually exclusive",

@@ -50,6 +50,8 @@ VERBS: tuple[Verb, ...] = (
              "one pass of pre-copy, then run on host-b and fetch the rest"),
             ("virtmig migrate --live web01 qemu+ssh://host-b/system --threads 4 --bandwidth 1000",
              "four parallel connections, at most 1000 MiB/s"),
+            ("virtmig migrate --live web01 qemu+ssh://host-b/system --transport relay",
+             "through the agents of both hosts: agreed on first, encrypted, and a broken network is only a pause"),
             ("virtmig migrate --live web01 qemu+ssh://host-b/system --timeout 120 --timeout-abort --json",
              "give up after two minutes; JSON lines for a program"),
         ),
@@ -233,7 +235,6 @@ VERBS: tuple[Verb, ...] = (
         ),
         examples=(
             ("virtmig agent --listen tcp:0.0.0.0:16515", "in a terminal, to try it"),
-            ("virtmig migrate --live web01 qemu+ssh://host-b/system --transport relay", "with agents on both hosts"),
         ),
     ),
     Verb(
