@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections import Counter
 
 import pytest
 
 # the suite is collected without the lab too: its fixtures are then missing only from the tests that ask for them
 pytest_plugins = ["tests.support.lab"] if importlib.util.find_spec("tests.support.lab") else []
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _records_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Migrations in tests leave their records in a folder of the run."""
+    os.environ["VIRTMIG_RECORDS"] = str(tmp_path_factory.mktemp("records"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 from tenacity import Retrying, retry_if_exception, retry_if_result, stop_after_attempt, wait_random_exponential
@@ -23,13 +23,14 @@ from virtmig.domain.document import parse_xml
 from virtmig.errors import ConnectionFailed, DomainXmlError, PlanRefused, RequestError, VirtError
 from virtmig.facts import GuestFacts, HostFacts
 from virtmig.fitting import Fitted, fit
-from virtmig.forecast import Forecast, forecast
+from virtmig.forecast import forecast
 from virtmig.link.asking import Changed, Ended
 from virtmig.obstacles import Caution
 from virtmig.plan import Plan, negotiate
 from virtmig.policy import Action, Decision, History, Policy, decide
 from virtmig.progress import Outcome, PassCounter, Phase, Progress, Status, Whereabouts
 from virtmig.relaying import Relay, find_agents
+from virtmig.report.recorder import Recorder
 from virtmig.request import MigrationRequest, read_file_values
 from virtmig.virt.capabilities import gather_guest_facts, gather_host_facts, unreachable_host_facts
 from virtmig.virt.connection import FENCED_KEEPALIVE, lookup_domain
@@ -37,6 +38,7 @@ from virtmig.virt.fence import HOLD_FLAG, Fence
 from virtmig.virt.hosts import Host
 from virtmig.virt.job import MigrationJob
 from virtmig.virt.parameters import migrate_call
+from virtmig.watchers import Both, Silent, Watcher
 from virtmig.whereabouts import HostAnswer, Presence, judge, sentence
 
 log = logging.getLogger("virtmig")
@@ -48,26 +50,6 @@ SETTLE_S = 8.0
 STOP_AGAIN_S = 2.0
 #: libvirt's codes for trouble that may pass by itself: RPC, no connect, internal port clash, state lock
 PASSING_CODES = frozenset({5, 38, 39, 68})
-
-
-class Watcher(Protocol):
-    """Who is told what happens: a display, a recorder, a test."""
-
-    def start(self, domain: str, source: str, destination: str, plan: Plan) -> None: ...
-    def sample(self, progress: Progress, expected: Forecast) -> None: ...
-    def decided(self, decision: Decision) -> None: ...
-    def message(self, text: str, level: str = "info") -> None: ...
-    def finish(self, outcome: Outcome) -> None: ...
-
-
-class Silent:
-    """A watcher that says nothing."""
-
-    def start(self, domain: str, source: str, destination: str, plan: Plan) -> None: ...
-    def sample(self, progress: Progress, expected: Forecast) -> None: ...
-    def decided(self, decision: Decision) -> None: ...
-    def message(self, text: str, level: str = "info") -> None: ...
-    def finish(self, outcome: Outcome) -> None: ...
 
 
 class StopRequest:
@@ -120,15 +102,38 @@ def migrate(
     with open_ends(request, source_uri, stop) as ends:
         ends.source_facts, ends.destination_facts = find_agents(request, ends.source_facts, ends.destination_facts)
         plan = negotiate(request, ends.source_facts, ends.destination_facts, ends.guest)
-        plan.raise_if_refused()
-        _refuse_blind_fence(plan.request, ends)
+        recorder = Recorder()
+        with _recorded_refusals(recorder, request, plan, ends):
+            plan.raise_if_refused()
+            _refuse_blind_fence(plan.request, ends)
         fitted = fit(ends.domain, request, source=ends.source.name, destination=ends.destination_name)
+        _begin_record(recorder, request, plan, ends, fitted)
+        watcher = Both(recorder, watcher)
         watcher.start(ends.name, ends.source.name, ends.destination_name, plan)
         outcome: Outcome = _retrying(request, stop, retry_if_result(_may_try_again))(
             _Run(ends, plan, watcher, stop, fitted).once
         )
+        outcome = msgspec.structs.replace(outcome, report_id=recorder.id)
         watcher.finish(outcome)
         return outcome
+
+
+def _begin_record(
+    recorder: Recorder, request: MigrationRequest, plan: Plan, ends: Ends, fitted: Fitted | None = None
+) -> None:
+    changes = [f"{change}  [{change.rule}]" for change in fitted.changes] if fitted else []
+    recorder.begin(request, plan, source=ends.source_facts, destination=ends.destination_facts, guest=ends.guest,
+                   changes=changes)  # fmt: skip
+
+
+@contextlib.contextmanager
+def _recorded_refusals(recorder: Recorder, request: MigrationRequest, plan: Plan, ends: Ends) -> Iterator[None]:
+    try:
+        yield
+    except PlanRefused as error:
+        _begin_record(recorder, request, plan, ends)
+        recorder.refused(error.reasons)
+        raise
 
 
 def plan_only(request: MigrationRequest, *, source_uri: str | None = None) -> tuple[Plan, HostFacts, HostFacts]:

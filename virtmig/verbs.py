@@ -32,6 +32,8 @@ def _switch(name: str, help: str) -> Option:
     return Option(name=name, kind=Kind.BOOL, help=help)
 
 
+_RECORD = Option(name="id", kind=Kind.STRING, help="a record: its id or the beginning of one, a domain (its newest), "
+                 "or last", positional=True, required=True)  # fmt: skip
 #: the options of migrate that a handshake can be asked about
 HANDSHAKE_OPTIONS = ("live", "postcopy", "postcopy-preempt", "parallel", "parallel-connections", "threads",
                      "comp-methods", "auto-converge", "zerocopy", "copy-storage-all", "strict")  # fmt: skip
@@ -217,6 +219,40 @@ VERBS: tuple[Verb, ...] = (
             ("virtmig inspect recording/ --json", "all channels of a recording, for a program"),
             ("virtmig inspect - --events", "a stream from a pipe, as it comes"),
         ),
+    ),
+    Verb(
+        name="list", help="list migrations that were recorded, the newest first", ours=True,
+        description="Every migration that virtmig runs leaves a record ($VIRTMIG_RECORDS, /var/lib/virtmig/records of "
+        "root, ~/.local/state/virtmig/records of others).",
+        options=(
+            Option(name="domain", kind=Kind.STRING, help="those of this domain alone", positional=True),
+            Option(name="limit", kind=Kind.NUMBER, help="at most so many (default 20)", minimum=1, maximum=10_000),
+            _switch("json", "one object a line"),
+        ),
+        examples=(("virtmig list web01", "every migration of web01"),),
+    ),
+    Verb(
+        name="show", help="show the record of one migration", ours=True, options=(
+            _RECORD,
+            _switch("json", "every row of the record, one a line"),
+            _switch("redact", "the same without names, addresses and paths, for a bug report"),
+        ),
+        examples=(("virtmig show last", "the newest"),
+                  ("virtmig show web01 --redact > report.jsonl", "for a bug report")),
+    ),
+    Verb(name="logs", help="what happened in a migration, second by second", ours=True, options=(_RECORD,),
+         examples=(("virtmig logs web01", "of web01's newest migration"),)),
+    Verb(name="explain", help="a migration in sentences: what was decided and why, and what bounded it", ours=True,
+         options=(_RECORD,), examples=(("virtmig explain last", "why did it take so long?"),)),
+    Verb(name="compare", help="two migrations beside each other", ours=True,
+         options=(_RECORD,
+                  Option(name="other", kind=Kind.STRING, help="the other one", positional=True, required=True)),
+         examples=(("virtmig compare 20261101-101500-a1b2c3 last", "did it get better?"),)),
+    Verb(
+        name="replay", help="what another policy would have decided in a recorded migration", ours=True,
+        options=(_RECORD, Option(name="policy", kind=Kind.FILE, required=True, help="a TOML file with the fields of a "
+                                 "policy, for example on_stall = \"abort\"")),
+        examples=(("virtmig replay last --policy strict.toml", "before a policy is used for all"),),
     ),
     Verb(
         name="agent", help="run the agent of this host", ours=True,

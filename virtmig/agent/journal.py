@@ -47,7 +47,7 @@ class Journal:
         for path in self._folder.glob("*.json") if self._folder.is_dir() else ():
             try:
                 record = msgspec.json.decode(path.read_bytes(), type=SessionRecord)
-            except (OSError, msgspec.MsgspecError):
+            except (OSError, ValueError, msgspec.MsgspecError):
                 continue
             if time.time() - record.changed > KEPT_S:
                 self.remove(record.session)

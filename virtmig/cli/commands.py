@@ -212,3 +212,39 @@ def run_recover(values: dict[str, Any], options: GlobalOptions) -> int:
     from virtmig.cli.agent_commands import run_recover as run
 
     return run(values, options)
+
+
+def run_list(values: dict[str, Any], options: GlobalOptions) -> int:
+    from virtmig.cli.report_commands import run_list as run
+
+    return run(values, options)
+
+
+def run_show(values: dict[str, Any], options: GlobalOptions) -> int:
+    from virtmig.cli.report_commands import run_show as run
+
+    return run(values, options)
+
+
+def run_logs(values: dict[str, Any], options: GlobalOptions) -> int:
+    from virtmig.cli.report_commands import run_logs as run
+
+    return run(values, options)
+
+
+def run_explain(values: dict[str, Any], options: GlobalOptions) -> int:
+    from virtmig.cli.report_commands import run_explain as run
+
+    return run(values, options)
+
+
+def run_compare(values: dict[str, Any], options: GlobalOptions) -> int:
+    from virtmig.cli.report_commands import run_compare as run
+
+    return run(values, options)
+
+
+def run_replay(values: dict[str, Any], options: GlobalOptions) -> int:
+    from virtmig.cli.report_commands import run_replay as run
+
+    return run(values, options)

@@ -148,7 +148,7 @@ def decode_asked(line: bytes) -> Asked:
     """Raises RemoteProtocolError."""
     try:
         return _asked.decode(line)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise RemoteProtocolError(f"not a question to an agent: {error}") from None
 
 
@@ -156,7 +156,7 @@ def decode_said(line: bytes) -> Said:
     """Raises RemoteProtocolError."""
     try:
         return _said.decode(line)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise RemoteProtocolError(f"not an agent's answer: {error}") from None
 
 

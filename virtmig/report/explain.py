@@ -1,0 +1,192 @@
+"""A record in sentences: what was decided and why, what bounded it; two records side by side; another policy's word."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from statistics import median
+
+import msgspec
+
+from virtmig.policy import Decision, History, Policy, decide
+from virtmig.progress import Phase, Progress, Whereabouts
+from virtmig.quantities import duration_text, rate_text, size_text
+from virtmig.report.records import Decided, Ended, Record, Said, Sampled
+
+#: the share of a limit at which it is what bounded the migration
+_AT_LIMIT = 0.9
+_MIB = 1 << 20
+
+
+def log_lines(record: Record) -> Iterator[str]:
+    """Everything that happened, with its second; samples where the phase or pass changes."""
+    seen: tuple[Phase | None, int] = (None, -1)
+    for row in record.rows:
+        stamp = f"{row.at_s:8.2f} s  "
+        if isinstance(row, Sampled):
+            progress = row.progress
+            if (progress.phase, progress.full_passes) == seen:
+                continue
+            seen = progress.phase, progress.full_passes
+            yield stamp + _sample_words(progress)
+        elif isinstance(row, Decided):
+            yield stamp + f"{row.decision.action}: {row.decision.reason}"
+        elif isinstance(row, Said):
+            yield stamp + (f"{row.level}: " if row.level != "info" else "") + row.text
+        elif isinstance(row, Ended):
+            yield stamp + row.outcome.sentence
+    for _, reason, way_out in record.refusals:
+        yield f"{0:8.2f} s  refused: {reason}" + (f" -> {way_out}" if way_out else "")
+
+
+def _sample_words(progress: Progress) -> str:
+    words = [str(progress.phase)]
+    if progress.phase is Phase.PRECOPY:
+        words.append(f"pass {progress.full_passes + 1}")
+    if progress.memory_remaining_bytes is not None:
+        words.append(f"{size_text(progress.memory_remaining_bytes)} remain")
+    if progress.memory_bytes_per_s:
+        words.append(rate_text(progress.memory_bytes_per_s))
+    if progress.dirty_bytes_per_s:
+        words.append(f"guest writes {rate_text(progress.dirty_bytes_per_s)}")
+    return ", ".join(words)
+
+
+def explain(record: Record) -> list[str]:
+    """In sentences, the end first."""
+    began, outcome = record.began, record.outcome
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(began.time))
+    said = [f"{began.domain} from {began.source} to {began.destination}, begun {when}: {record.status}."]
+    if record.refusals:
+        said.append("It was refused before anything started:")
+        said += [
+            f"  {reason}" + (f"; a way out: {way_out}" if way_out else "") for _, reason, way_out in record.refusals
+        ]
+        return said
+    if outcome is not None:
+        said.append(f"{outcome.sentence}.")
+        if outcome.error:
+            said.append(f"The reason: {outcome.error}" + (f"; next: {outcome.hint}" if outcome.hint else ""))
+    elif record.status == "broken off":
+        said.append(
+            "The record ends in the middle: virtmig itself was killed. Where the guest is, both hosts can tell."
+        )
+    said += ["", "What was planned:", f"  transport {began.plan.transport}: {began.plan.transport_reason}"]
+    said += [f"  {choice.feature}: {choice.reason}" for choice in began.plan.choices if choice.on]
+    said += [f"  --{row.option} {row.asked} became {row.planned}: {row.reason}" for row in began.plan.adjustments]
+    said += [f"  in the domain XML: {change}" for change in began.changes]
+    if decisions := [row for row in record.decisions if row.decision.notable]:
+        said += ["", "What was decided on the way:"]
+        said += [
+            f"  after {duration_text(row.at_s)}: {row.decision.action}: {row.decision.reason}" for row in decisions
+        ]
+    if bounds := list(bounds_of(record)):
+        said += ["", "What bounded it:", *(f"  {sentence}" for sentence in bounds)]
+    return said
+
+
+def bounds_of(record: Record) -> Iterator[str]:
+    """Why it took as long as it took, as far as the samples show it."""
+    moving = [row.progress for row in record.samples if row.progress.phase in (Phase.PRECOPY, Phase.POSTCOPY)]
+    rates = [progress.memory_bytes_per_s for progress in moving if progress.memory_bytes_per_s]
+    outcome = record.outcome
+    if rates:
+        rate = median(rates)
+        limit = record.began.request.get("bandwidth")
+        if isinstance(limit, int) and limit and rate >= _AT_LIMIT * limit * _MIB:
+            yield f"--bandwidth {limit}: the memory went at {rate_text(int(rate))}, as fast as that allows"
+        else:
+            yield f"the memory went at {rate_text(int(rate))} (median of {len(rates)} samples)"
+        writes = [progress.dirty_bytes_per_s for progress in moving if progress.dirty_bytes_per_s]
+        if writes and median(writes) > _AT_LIMIT * rate:
+            yield (
+                f"the guest wrote {rate_text(int(median(writes)))}, about as fast as its memory went: precopy alone "
+                "does not end then; --postcopy, more bandwidth or a longer --max-downtime would have helped"
+            )
+    throttled = max((progress.throttle_percent or 0 for progress in moving), default=0)
+    if throttled:
+        yield f"auto-converge took up to {throttled} % of the guest's CPU time"
+    if outcome is not None and outcome.downtime_ms is not None:
+        observed = outcome.observed_downtime_ms
+        words = f"the guest was stopped for {outcome.downtime_ms} ms by QEMU's own count"
+        yield words + (f", {observed} ms as both hosts saw it" if observed is not None else "")
+
+
+ROWS = ("status", "transport", "duration", "sent", "passes", "rate", "guest writes", "downtime", "seen downtime")
+
+
+def facts_of(record: Record) -> dict[str, tuple[str, float | None]]:
+    """Of `compare`: (text, number to make a ratio of)."""
+    outcome = record.outcome
+    rates = [row.progress.memory_bytes_per_s for row in record.samples if row.progress.memory_bytes_per_s]
+    writes = [row.progress.dirty_bytes_per_s for row in record.samples if row.progress.dirty_bytes_per_s]
+    passes = max((row.progress.full_passes for row in record.samples), default=0)
+
+    def number(value: float | None, text: str) -> tuple[str, float | None]:
+        return (text, float(value)) if value else ("-", None)
+
+    elapsed = outcome.elapsed_s if outcome else None
+    sent = outcome.processed_bytes if outcome else None
+    down, seen = (outcome.downtime_ms, outcome.observed_downtime_ms) if outcome else (None, None)
+    return {
+        "status": (record.status, None),
+        "transport": (record.began.plan.transport, None),
+        "duration": number(elapsed, duration_text(elapsed or 0)),
+        "sent": number(sent, size_text(sent or 0)),
+        "passes": number(passes, str(passes)),
+        "rate": number(median(rates) if rates else None, rate_text(int(median(rates))) if rates else ""),
+        "guest writes": number(median(writes) if writes else None, rate_text(int(median(writes))) if writes else ""),
+        "downtime": number(down, f"{down} ms"),
+        "seen downtime": number(seen, f"{seen} ms"),
+    }
+
+
+def compare(one: Record, other: Record) -> list[tuple[str, str, str, str]]:
+    """(what, in one, in the other, ratio of the second to the first), then the options that differ."""
+    mine, theirs = facts_of(one), facts_of(other)
+    rows = []
+    for name in ROWS:
+        (text, value), (text_2, value_2) = mine[name], theirs[name]
+        ratio = f"{value_2 / value:.2f}" if value and value_2 else ""
+        rows.append((name, text, text_2, ratio))
+    for name in sorted(one.began.request.keys() | other.began.request.keys()):
+        first, second = one.began.request.get(name), other.began.request.get(name)
+        if first != second and name not in ("domain", "desturi"):
+            rows.append((f"--{name}", _option(first), _option(second), ""))
+    return rows
+
+
+def _option(value: object) -> str:
+    return "-" if value is None else "given" if value is True else str(value)
+
+
+def replay(record: Record, policy: Policy) -> list[tuple[float, Decision]]:
+    """What `policy` would have decided on the same curve: (second, decision). It ends with the first that ends it."""
+    history, found = History(), []
+    for row in record.samples:
+        decision = decide(policy, history, row.progress, row.at_s)
+        history.add(row.progress, decision, row.at_s)
+        if decision.notable:
+            found.append((row.at_s, decision))
+        if decision.action in ("start-postcopy", "suspend", "abort"):
+            break
+    return found
+
+
+def policy_from_toml(text: bytes) -> Policy:
+    """The fields of Policy by name; raises msgspec.MsgspecError for others."""
+    known = {field.name for field in msgspec.structs.fields(Policy)}
+    content = msgspec.toml.decode(text)
+    if unknown := set(content) - known:
+        raise msgspec.ValidationError(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
+    return msgspec.convert(content, Policy)
+
+
+def running(records: Sequence[Record]) -> list[Record]:
+    """Those whose guest may be between two hosts now."""
+    return [
+        record
+        for record in records
+        if record.status == "running"
+        or (record.outcome is not None and record.outcome.guest in (Whereabouts.SPLIT, Whereabouts.UNKNOWN))
+    ]

@@ -1,0 +1,233 @@
+"""Records: one JSON line for each thing that happened, in one file a migration; a crash keeps what was.
+
+Folder: $VIRTMIG_RECORDS (empty: none are kept), else /var/lib/virtmig/records of root, ~/.local/state/virtmig/records
+of others. A line that cannot be read (the last one after a crash, or one of a newer virtmig) is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from virtmig.agreement import Plan
+from virtmig.errors import RequestError
+from virtmig.facts import GuestFacts, HostFacts
+from virtmig.policy import Decision
+from virtmig.progress import Outcome, Progress
+
+#: of the format: rows and fields are only ever added
+VERSION = 1
+SUFFIX = ".jsonl"
+KEPT_RECORDS = 500
+KEPT_BYTES = 256 << 20
+_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
+
+
+class _Row(msgspec.Struct, frozen=True, kw_only=True, tag_field="row", omit_defaults=True):
+    """`at_s`: seconds since the record began."""
+
+    at_s: float = 0.0
+
+
+class Began(_Row, frozen=True, kw_only=True, omit_defaults=True, tag="began"):
+    version: int = VERSION
+    id: str
+    time: float  # time.time()
+    domain: str
+    source: str
+    destination: str
+    request: dict[str, Any]
+    plan: Plan
+    source_facts: HostFacts | None = None
+    destination_facts: HostFacts | None = None
+    guest: GuestFacts | None = None
+    changes: tuple[str, ...] = ()  # of the domain XML, with their rules
+    pid: int = 0
+
+
+class Sampled(_Row, frozen=True, kw_only=True, omit_defaults=True, tag="sample"):
+    progress: Progress
+    eta_low_s: float | None = None
+    eta_high_s: float | None = None
+    converging: bool | None = None
+
+
+class Decided(_Row, frozen=True, kw_only=True, omit_defaults=True, tag="decision"):
+    decision: Decision
+
+
+class Said(_Row, frozen=True, kw_only=True, omit_defaults=True, tag="message"):
+    text: str
+    level: str = "info"
+
+
+class Refused(_Row, frozen=True, kw_only=True, omit_defaults=True, tag="refused"):
+    reasons: tuple[tuple[str, str, str], ...]
+
+
+class Ended(_Row, frozen=True, kw_only=True, omit_defaults=True, tag="ended"):
+    outcome: Outcome
+
+
+Row = Began | Sampled | Decided | Said | Refused | Ended
+_decoder: msgspec.json.Decoder[Row] = msgspec.json.Decoder(Row)
+_encoder = msgspec.json.Encoder()
+
+
+def encode_row(row: Row) -> bytes:
+    """One line. None is left out: most fields of a sample are."""
+    return _encoder.encode(_without_none(msgspec.to_builtins(row))) + b"\n"
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(each) for key, each in value.items() if each is not None}
+    return value
+
+
+class Record(msgspec.Struct, frozen=True):
+    """A whole record. `ended` is None while it runs, and after a crash."""
+
+    began: Began
+    rows: tuple[Row, ...]
+    path: Path
+
+    @property
+    def id(self) -> str:
+        return self.began.id
+
+    @property
+    def samples(self) -> list[Sampled]:
+        return [row for row in self.rows if isinstance(row, Sampled)]
+
+    @property
+    def decisions(self) -> list[Decided]:
+        return [row for row in self.rows if isinstance(row, Decided)]
+
+    @property
+    def outcome(self) -> Outcome | None:
+        return next((row.outcome for row in reversed(self.rows) if isinstance(row, Ended)), None)
+
+    @property
+    def refusals(self) -> tuple[tuple[str, str, str], ...]:
+        return next((row.reasons for row in self.rows if isinstance(row, Refused)), ())
+
+    @property
+    def status(self) -> str:
+        """As list shows it: Outcome's word, refused, running, or broken off."""
+        if self.outcome is not None:
+            return str(self.outcome.status)
+        if self.refusals:
+            return "refused"
+        return "running" if _alive(self.began.pid) else "broken off"
+
+
+def _alive(pid: int) -> bool:
+    return pid > 0 and Path(f"/proc/{pid}").exists()
+
+
+def records_folder() -> Path | None:
+    """None: records are switched off."""
+    given = os.environ.get("VIRTMIG_RECORDS")
+    if given is not None:
+        return Path(given) if given else None
+    if os.geteuid() == 0:
+        return Path("/var/lib/virtmig/records")
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "virtmig" / "records"
+
+
+def read_record(path: Path) -> Record | None:
+    """None for a file that is no record."""
+    rows = list(_rows(path))
+    if not rows or not isinstance(rows[0], Began):
+        return None
+    return Record(rows[0], tuple(rows[1:]), path)
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    try:
+        with open(path, "rb") as file:
+            for line in file:
+                try:
+                    yield _decoder.decode(line)
+                except (msgspec.MsgspecError, ValueError, RecursionError):
+                    continue
+    except OSError:
+        return
+
+
+def all_records(folder: Path | None = None) -> list[Record]:
+    """The newest first."""
+    where = folder or records_folder()
+    found = [read_record(path) for path in _files(where)] if where else []
+    return [record for record in found if record is not None]
+
+
+def find_record(wanted: str, folder: Path | None = None) -> Record:
+    """By id, the beginning of one, a domain's name (its newest), or `last`. Raises RequestError with what there is."""
+    where = folder or records_folder()
+    paths = _files(where) if where else []
+    if _ID.fullmatch(wanted):
+        paths = [path for path in paths if path.stem == wanted]
+    for path in paths:
+        record = read_record(path)
+        if record is not None and (wanted == "last" or record.id.startswith(wanted) or wanted == record.began.domain):
+            return record
+    raise RequestError(f"no record of a migration is called '{wanted}'", option="id", hint="virtmig list")
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        return sorted((path for path in folder.glob(f"*{SUFFIX}") if _ID.fullmatch(path.stem)), reverse=True)
+    except OSError:
+        return []
+
+
+def forget_old(folder: Path) -> None:
+    """Remove the oldest beyond KEPT_RECORDS and KEPT_BYTES. Raises OSError."""
+    total = 0
+    for number, path in enumerate(_files(folder)):
+        total += path.stat().st_size
+        if number >= KEPT_RECORDS or total > KEPT_BYTES:
+            path.unlink(missing_ok=True)
+
+
+def redacted(record: Record) -> list[bytes]:
+    """The lines of a record without names, addresses, paths and numbers that say whose it is: for a bug report."""
+    began = record.began
+    names: dict[str, str] = {}
+    for value, word in _tell_tales(began):
+        if len(value) > 1:
+            names.setdefault(value, word)
+    pattern = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))) if names else None
+    lines = []
+    for row in (began, *record.rows):
+        text = encode_row(row).decode()
+        if pattern is not None:
+            text = pattern.sub(lambda match: names[match[0]], text)
+        text = re.sub(r"\b\d{1,3}(?:\.\d{1,3}){3}\b", "ADDRESS", text)
+        text = re.sub(r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b", "UUID", text)
+        text = re.sub(r"\b(?:[0-9a-f]{2}:){5}[0-9a-f]{2}\b", "MAC", text)
+        lines.append(re.sub(r"(?<=[\"' =:])/(?:[\w.@+-]+/)+[\w.@+-]+", "/PATH", text).encode())
+    return lines
+
+
+def _tell_tales(began: Began) -> Iterator[tuple[str, str]]:
+    yield began.domain, "GUEST"
+    for facts, word in ((began.source_facts, "SOURCE"), (began.destination_facts, "DESTINATION")):
+        if facts is not None:
+            for value in (facts.hostname, facts.host_uuid or "", facts.uri):
+                yield value, word
+            for domain in facts.domains or ():
+                yield domain.name, "OTHER-GUEST"
+    yield began.source, "SOURCE"
+    yield began.destination, "DESTINATION"
+    request: Mapping[str, Any] = began.request
+    for name in ("desturi", "migrateuri", "listen-address", "dname", "graphicsuri", "disks-uri", "destination-agent"):
+        yield str(request.get(name) or ""), name.upper()
