@@ -225,6 +225,8 @@ OUR_OPTIONS: tuple[Option, ...] = (
     _choice("progress", "how to show progress", "auto", "rich", "line", "log", "json", "none", default="auto",
             group="output"),
     _switch("json", "JSON lines on standard output: events, then the result", ours=True, group="output"),
+    _string("report", "write a report of the migration to this file: HTML, for a browser without a network", ours=True,
+            group="output"),
     _switch("quiet", "nothing but errors", ours=True, group="output"),
     _choice("exit-codes", "virsh: 0 or 1; fine: 0 done, 1 failed and safe on the source, 3 refused, 4 aborted, "
             "5 the guest needs attention", "virsh", "fine", default="virsh", group="output"),

@@ -142,10 +142,13 @@ VERBS: tuple[Verb, ...] = (
         options=(
             Option(name="address", kind=Kind.STRING, help="where to listen: tcp:HOST:PORT or unix:PATH",
                    positional=True, required=True),
-            Option(name="into", kind=Kind.STRING, help="the folder that is made", required=True),
+            Option(name="into", kind=Kind.STRING, help="the folder that is made; with --recover also the interrupted "
+                   "one itself", required=True),
             Option(name="parallel-connections", kind=Kind.NUMBER, help="number of the source's multifd channels "
                    "(nothing on the wire tells it)", minimum=1, maximum=255),
             _switch("recover", "go on with a postcopy into that folder that was interrupted"),
+            _switch("switchover-ack", "the source has switchover-ack on (only for machine types up to 8.0 or without a "
+                    "version)"),
             Option(name="stall-timeout", kind=Kind.NUMBER, help="a source that sends nothing for so long has failed "
                    "(default 60)", unit="s", minimum=1, maximum=86_400),
             Option(name="recover-timeout", kind=Kind.NUMBER, help="how long a broken postcopy waits for its source "
@@ -204,10 +207,10 @@ VERBS: tuple[Verb, ...] = (
     ),
     Verb(
         name="inspect", help="show what a recorded migration or a saved guest holds", ours=True,
-        description="Show a migration stream, a file of virsh save, a mapped-ram file, one channel of a migration or a "
-        "folder with all of them (CHANNEL.s2d.xz): which QEMU may have written it, machine, capabilities, RAM blocks, "
-        "pages by kind, multifd packets, commands, device sections and their fields. A damaged file is shown up to the "
-        "damage, and the exit status is 1.",
+        description="Show a migration stream, a file of virsh save, a mapped-ram file, the folder of virtmig receive "
+        "(whole or on its way), one channel of a migration or a folder with all of them (CHANNEL.s2d.xz): which QEMU "
+        "may have written it, machine, capabilities, RAM blocks, pages by kind, multifd packets, commands, device "
+        "sections and their fields. A damaged file is shown up to the damage, and the exit status is 1.",
         options=(
             Option(name="file", kind=Kind.FILE, help="a file, a folder, or - for standard input", positional=True,
                    required=True),
@@ -244,6 +247,12 @@ VERBS: tuple[Verb, ...] = (
          examples=(("virtmig logs web01", "of web01's newest migration"),)),
     Verb(name="explain", help="a migration in sentences: what was decided and why, and what bounded it", ours=True,
          options=(_RECORD,), examples=(("virtmig explain last", "why did it take so long?"),)),
+    Verb(
+        name="report", help="write the report of a migration: one HTML file with charts, for a browser", ours=True,
+        description="The file needs no network and no JavaScript. The same as migrate --report FILE.",
+        options=(_RECORD, Option(name="output", kind=Kind.STRING, help="the file (default: ID.html)"),),
+        examples=(("virtmig report last --output /tmp/last.html", "then open it in a browser"),),
+    ),
     Verb(name="compare", help="two migrations beside each other", ours=True,
          options=(_RECORD,
                   Option(name="other", kind=Kind.STRING, help="the other one", positional=True, required=True)),

@@ -64,12 +64,28 @@ def run_migrate(request: MigrationRequest, options: GlobalOptions) -> int:
             )
         with stop_on_signals(StopRequest()) as stop, display:
             outcome = migrate(request, source_uri=options.connect, watcher=display, stop=stop)
+        _write_report(request, outcome)
     except MigrationError as error:
         if isinstance(error, (PlanRefused, RequestError)):
             error.exit_status = EXIT_REFUSED if fine else EXIT_FAILED
         display.refused(error)
         raise
     return exit_status(outcome, fine=fine)
+
+
+def _write_report(request: MigrationRequest, outcome: Outcome) -> None:
+    """--report FILE. The migration is over: a file that cannot be written costs a warning."""
+    if "report" not in request:
+        return
+    from pathlib import Path
+
+    from virtmig.report.html import write_report
+    from virtmig.report.records import find_record
+
+    try:
+        write_report(find_record(outcome.report_id or "-"), Path(request.text("report")))
+    except (OSError, MigrationError) as error:
+        print(f"virtmig: warning: no report: {error}", file=sys.stderr)
 
 
 def exit_status(outcome: Outcome, *, fine: bool) -> int:
@@ -246,5 +262,11 @@ def run_compare(values: dict[str, Any], options: GlobalOptions) -> int:
 
 def run_replay(values: dict[str, Any], options: GlobalOptions) -> int:
     from virtmig.cli.report_commands import run_replay as run
+
+    return run(values, options)
+
+
+def run_report(values: dict[str, Any], options: GlobalOptions) -> int:
+    from virtmig.cli.report_commands import run_report as run
 
     return run(values, options)

@@ -126,3 +126,17 @@ def run_replay(values: dict[str, Any], options: GlobalOptions) -> int:
     did = [row for row in record.decisions if row.decision.notable]
     print("what was decided: " + ("; ".join(f"{row.at_s:.2f} s {row.decision.action}" for row in did) or "nothing"))
     return 0
+
+
+def run_report(values: dict[str, Any], options: GlobalOptions) -> int:
+    """Prints the file's name."""
+    from virtmig.report.html import write_report
+
+    record = find_record(str(values["id"]))
+    path = Path(str(values.get("output") or f"{record.id}.html"))
+    try:
+        write_report(record, path)
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror or error}", option="output") from None
+    print(path)
+    return 0

@@ -51,7 +51,7 @@ def _demo(folder: Path, stop: StopRequest) -> int:
         start_agents(lab)
         lab.start_guest(GUEST)
         print(f"  up in {time.monotonic() - begin:.1f} s; {GUEST.name} runs on {lab.a.hostname}", flush=True)
-        print("  an agent on each host; they shake hands before every migration and carry QEMU's channels\n", flush=True)
+        print("  an agent on each host: they shake hands first, and carry QEMU's channels\n", flush=True)
         there = {"parallel": True, "parallel-connections": 2, "bandwidth": BANDWIDTH_MIB_S}
         back = {"bandwidth": BANDWIDTH_MIB_S}
         if lab.full:
