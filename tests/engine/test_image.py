@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from virtmig.engine import image as module
 from virtmig.engine.image import CHUNK_BYTES, MANIFEST, Image, ImageWriter, new_manifest
-from virtmig.errors import ImageError
+from virtmig.errors import GuestMemoryError, ImageError
 from virtmig.stream.events import DeviceSection, StreamHeader
 from virtmig.stream.wire import Item
 
@@ -51,18 +56,65 @@ def test_nothing_is_there_before_the_commit_and_nothing_after_abandon(tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_into_one_folder(tmp_path: Path, nothing_left: None) -> None:
-    """The first to be whole gets the name, the other one fails; none is mixed."""
+def test_place_that_is_taken_meanwhile(tmp_path: Path) -> None:
+    """Somebody else made the folder: it keeps the name, and what was received is not mixed into it."""
     late = ImageWriter(tmp_path / "a")
     late.create_memory({"pc.ram": PAGE})
     late.save_devices(DEVICES)
-    write(tmp_path / "a")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").touch()
     with pytest.raises(ImageError, match="cannot write"):
         late.commit(new_manifest(StreamHeader(3, "pc"), DEVICES))
     late.abandon()
-    with Image(tmp_path / "a") as image:
-        image.verify()
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "file"]
+
+
+def test_error_of_the_disk_that_the_writer_behind_hears_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_left: None
+) -> None:
+    """The kernel tells an error of writing back once for a descriptor: commit's own fsync would succeed."""
+    heard = threading.Event()
+
+    def broken_disk(_: int) -> None:
+        heard.set()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdatasync", broken_disk)
+    monkeypatch.setattr(module, "WRITE_BACK_S", 0.01)
+    writer = ImageWriter(tmp_path / "a")
+    writer.create_memory({"pc.ram": PAGE})
+    assert heard.wait(10)
+    with pytest.raises(GuestMemoryError, match="Input/output error"):
+        writer.commit(new_manifest(StreamHeader(3, "pc"), DEVICES))
+    writer.abandon()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_file_that_is_cut_off_while_it_is_read(tmp_path: Path) -> None:
+    with Image(write(tmp_path / "a")) as image:
+        os.truncate(tmp_path / "a" / "ram-0", 2000 * PAGE + 5)  # its last data is cut, a hole would read as zero
+        with pytest.raises(ImageError, match=r"ram-0' is damaged: RAM block 'pc\.ram': it ends at 0x7d0005"):
+            image.verify()
+
+
+@pytest.mark.root
+def test_full_tmpfs_is_read_without_filling_its_holes(tmp_path: Path, nothing_left: None) -> None:
+    """Through the mapping a hole of a full tmpfs is a SIGBUS, and of one that is not full it takes memory."""
+    if os.getuid():
+        pytest.skip("needs root: mounts a small tmpfs")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], check=True)
+    try:
+        folder = write(tmp_path / "a")
+        with (tmp_path / "fill").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(PAGE))
+        held = os.stat(folder / "ram-0").st_blocks
+        with Image(folder) as image:
+            image.verify()
+            assert image.nonzero("pc.ram").tolist() == [3, 2000]
+        assert os.stat(folder / "ram-0").st_blocks == held
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_one_wrong_byte_is_found_and_placed(tmp_path: Path) -> None:
@@ -130,8 +182,61 @@ def test_damage_is_an_error_that_names_the_file(
     assert str(folder) in error.value.message
 
 
-@pytest.mark.parametrize("name", ["a", "a/b/c"])
-def test_places_that_cannot_be(name: str, tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    with pytest.raises(ImageError):
+def _fifo(name: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return damage
+
+
+def _device(folder: Path) -> None:
+    (folder / "ram-0").unlink()
+    (folder / "ram-0").symlink_to("/dev/zero")
+
+
+def _folder(folder: Path) -> None:
+    (folder / "ram-0").unlink()
+    (folder / "ram-0").mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage", [*map(_fifo, ("ram-0", "devices", "description.json", MANIFEST)), _device, _folder],
+    ids=["ram", "devices", "description", "manifest", "device", "folder"],
+)  # fmt: skip
+def test_what_is_no_plain_file_is_refused_and_not_waited_for(damage: Callable[[Path], None], tmp_path: Path) -> None:
+    folder = write(tmp_path / "a")
+    damage(folder)
+    with pytest.raises(ImageError, match="is no plain file"):
+        Image(folder)
+
+
+def _link(place: Path) -> None:
+    place.symlink_to(place.parent / "nowhere")
+
+
+def _full_folder(place: Path) -> None:
+    place.mkdir()
+    (place / "file").touch()
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "told"),
+    [
+        ("a", _full_folder, "exists already: a folder that is not empty"),
+        ("a", Path.mkdir, "exists already: an empty folder"),
+        ("a", Path.touch, "exists already: a file"),
+        ("a", _link, "exists already: a symbolic link to .*nowhere', which is not there"),
+        ("b/c", None, "is no folder"),
+        ("b/..", None, "names no folder that could be made"),
+        ("n" * 240, None, "is too long"),
+        (".a.12345678.incoming", None, "how an unfinished image is called"),
+    ],
+)
+def test_places_that_cannot_be(name: str, there: Callable[[Path], None] | None, told: str, tmp_path: Path) -> None:
+    if there is not None:
+        there(tmp_path / name)
+    before = list(tmp_path.iterdir())
+    with pytest.raises(ImageError, match=told):
         ImageWriter(tmp_path / name)
+    assert list(tmp_path.iterdir()) == before

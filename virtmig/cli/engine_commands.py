@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from virtmig.cli.signals import stop_on_signals
-from virtmig.engine.transport import STALL_S, Address, Listener, Stop
-from virtmig.errors import MigrationAborted, MigrationError
+from virtmig.engine.transport import STALL_S, Address, Stop
+from virtmig.errors import MigrationAborted
 from virtmig.progress import Whereabouts
-from virtmig.quantities import size_text
 
 if TYPE_CHECKING:
     from virtmig.engine.outgoing import SendProgress
@@ -63,59 +62,11 @@ class _Say:
 
 def run_receive(values: dict[str, Any], *, quiet: bool) -> int:
     """Exit status 0 when the image is whole and the source knows."""
-    say = _Say(json=bool(values.get("json")), quiet=quiet)
+    from virtmig.cli.receive_command import run
+
     stop = Stop()
     with stop_on_signals(_Asked(stop)) as asked:
-        return _receive(values, say, stop, asked)
-
-
-def _receive(values: dict[str, Any], say: _Say, stop: Stop, asked: _Asked) -> int:
-    from virtmig.engine.incoming import Incoming
-    from virtmig.engine.landing import ImageLanding
-
-    address = Address.parse(str(values["address"]))
-    folder = Path(str(values["into"]))
-    again = ImageLanding.recover(folder) if values.get("recover") else None
-    landing = again[0] if again else ImageLanding(folder)
-    try:
-        listener = Listener(address, stop)
-    except MigrationError:
-        if again is None:
-            landing.abandon()
-        raise
-    try:
-        incoming = Incoming(
-            listener,
-            landing,
-            stop,
-            multifd_channels=int(values.get("parallel-connections") or 0),
-            stall_s=float(values.get("stall-timeout") or STALL_S),
-            recover_s=float(values["recover-timeout"]) if values.get("recover-timeout") else None,
-        )
-        asked.split = lambda: incoming.loading.split
-        if again is not None:
-            incoming.continue_from(again[1], again[2])
-        say.event("listening", f"listening on {listener.address}", address=str(listener.address))
-        received = incoming.run()
-    except MigrationError as error:
-        if error.guest is Whereabouts.SPLIT:
-            error.hint = (
-                f"the source still has every page: 'virtmig receive {values['address']} --into {folder} --recover', "
-                "then 'migrate -r' (resume) at the source"
-            )
-        say.event("failed", "", message=str(error), guest=str(error.guest))
-        raise
-    finally:
-        listener.close()
-    say.event(
-        "received",
-        f"the guest is at rest in {folder}: {size_text(received.bytes_received)} over {len(received.channels)} "
-        f"channel{'s' if len(received.channels) > 1 else ''} in {received.elapsed_s:.1f} s; "
-        "its source stands still and may be resumed",
-        folder=str(folder),
-        **{name: getattr(received, name) for name in received.__slots__},
-    )
-    return 0
+        return run(values, stop, asked, quiet=quiet)
 
 
 def run_send(values: dict[str, Any], *, quiet: bool) -> int:

@@ -1,4 +1,4 @@
-"""`virtmig inspect FILE|FOLDER|-`: what a recording or a saved guest holds, for people.
+"""`virtmig inspect FILE|FOLDER|-`: what a recording or a saved guest holds, for people. Images: inspect_image.py.
 
 Everything is read once, in pieces of 1 MiB, and nothing of the pages is kept. Only a plain file's end is read ahead:
 the JSON description there says where each device's section ends. The counting is in stream/summary.py.
@@ -17,6 +17,7 @@ from typing import IO, Any
 import msgspec
 
 from virtmig.cli.inspect_files import KNOWN_STARTS, PIECE_BYTES, BrokenSource, Source, head_of, inflated, kind_of_start
+from virtmig.cli.inspect_image import inspect_image, is_image, where_it_is_made
 from virtmig.cli.inspect_view import clean, event_line, item_words, print_report
 from virtmig.errors import DomainXmlError, RemoteProtocolError, RequestError
 from virtmig.stream.commands import Order
@@ -64,6 +65,10 @@ def run_inspect(values: dict[str, Any]) -> int:
         name = "standard input"
         pieces = iter(lambda: sys.stdin.buffer.read(PIECE_BYTES), b"")
         _inspect_file(name, Source("main", None, pieces), reading)
+    elif is_image(Path(name)):
+        if as_events:
+            raise _refused(f"'{clean(name)}' is an image of a guest: it has no events", "leave out --events")
+        return inspect_image(Path(name), as_json=as_json)
     elif Path(name).is_dir():
         _inspect_folder(Path(name), reading)
     else:
@@ -95,7 +100,7 @@ def _opened(path: Path) -> IO[bytes]:
 
 
 def _unreadable(path: Path, error: OSError) -> RequestError:
-    return _refused(f"'{clean(str(path))}' cannot be read: {error.strerror or error}")
+    return _refused(f"'{clean(str(path))}' cannot be read: {error.strerror or error}", where_it_is_made(path))
 
 
 def _event_sink(as_json: bool) -> Sink:

@@ -5,7 +5,7 @@ Names in a stream may hold anything that is ASCII: what cannot be printed is esc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from textwrap import wrap
 from typing import TextIO
 
@@ -173,7 +173,7 @@ def print_report(report: Report, stream: TextIO) -> None:
 
 def report_lines(report: Report) -> Iterator[str]:
     yield report.source
-    yield from _pairs(_head(report))
+    yield from pairs(_head(report))
     if report.passes or report.ram.pages:
         yield ""
         yield "pages by kind (on the wire: what stood for the contents, without the records' heads)"
@@ -182,7 +182,7 @@ def report_lines(report: Report) -> Iterator[str]:
             for number, row in enumerate(report.passes, 1)
         ]
         rows.append(("all", "", *_count_cells(report.ram), ""))
-        yield from _table(("pass", "", "normal", "zero", "xbzrle", "compressed", "on the wire", "RAM sections"), rows)
+        yield from table(("pass", "", "normal", "zero", "xbzrle", "compressed", "on the wire", "RAM sections"), rows)
         yield from wrap(report.counted, 110, initial_indent="  ", subsequent_indent="  ")
     for channel in report.channels:
         yield ""
@@ -224,14 +224,14 @@ def _channel_lines(channel: Channel) -> Iterator[str]:
         yield f"  guest {channel.uuid}"
     if channel.blocks:
         yield "  RAM blocks"
-        yield from _table(("name", "bytes", ""), [_block_cells(block) for block in channel.blocks], "    ")
+        yield from table(("name", "bytes", ""), [_block_cells(block) for block in channel.blocks], "    ")
     if channel.commands:
         yield "  messages in order" if channel.role is Role.RETURN_PATH else "  commands in order"
-        yield from _table(("offset", "", ""), [_entry_cells(entry) for entry in channel.commands], "    ")
+        yield from table(("offset", "", ""), [_entry_cells(entry) for entry in channel.commands], "    ")
     if channel.devices:
         yield "  device sections"
         heads = ("offset", "section", "instance", "version", "bytes", "fields", "")
-        yield from _table(heads, [_device_cells(device) for device in channel.devices], "    ")
+        yield from table(heads, [_device_cells(device) for device in channel.devices], "    ")
     if channel.role is Role.MAIN and not channel.described and channel.devices:
         yield "  no description in this stream, so the fields have no names"
     for note in channel.notes:
@@ -267,7 +267,7 @@ def _field_lines(channel: Channel) -> Iterator[str]:
             (field.name, str(field.bytes), field.value + ("..." if 2 * field.bytes > len(field.value) else ""))
             for field in device.fields or ()
         ]
-        yield from _table(("name", "bytes", "value"), rows)
+        yield from table(("name", "bytes", "value"), rows)
 
 
 def _count_cells(counts: Counts) -> tuple[str, ...]:
@@ -308,14 +308,15 @@ def _device_cells(device: Device) -> tuple[str, ...]:
     return f"{device.offset:#x}", device.name, *map(str, numbers), fields, kind
 
 
-def _pairs(pairs: Iterator[tuple[str, str]]) -> Iterator[str]:
-    rows = list(pairs)
+def pairs(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Names and values in two columns."""
+    rows = list(rows)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         yield f"  {name:<{width}}  {value}"
 
 
-def _table(heads: Sequence[str], rows: Sequence[tuple[str, ...]], indent: str = "  ") -> Iterator[str]:
+def table(heads: Sequence[str], rows: Sequence[tuple[str, ...]], indent: str = "  ") -> Iterator[str]:
     """Columns as wide as their widest cell; numbers to the right. A column without anything is left out."""
     used = [at for at in range(len(heads)) if any(row[at] not in ("", "0") for row in rows) or heads[at] == "normal"]
     widths = [max(len(heads[at]), *(len(row[at]) for row in rows)) for at in used]

@@ -4,7 +4,8 @@
 
 The source's guest stays stopped from the end of its stream until SHUT 0, which is written when the landing has
 everything for good; every failure before lets it run on. After a postcopy's RUN nobody may go back: a broken
-connection is then a pause, and the listener waits for the source to come again.
+connection is then a pause, and the listener waits for the source to come again. A disk that is full then is waited for
+with the connection open: a source that has sent its last page cannot send it again.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import traceback
 from dataclasses import dataclass
 
 from virtmig.engine.channels import Arrivals
-from virtmig.engine.image import Manifest
 from virtmig.engine.landing import Landing
 from virtmig.engine.loading import Epochs, Loading
+from virtmig.engine.manifest import Manifest
+from virtmig.engine.memory import NoRoom
+from virtmig.engine.patience import DiskRoom, Pause, Tell, tell_nobody
 from virtmig.engine.transport import STALL_S, Connection, Listener, Stop
 from virtmig.errors import ChannelError, MigrationError, RemoteProtocolError
 from virtmig.pages import PAGE_BYTES
@@ -41,6 +44,11 @@ _READ_BYTES = 1 << 20
 GIVEN_UP = bytes(encode_event(ping(0x56)))
 #: how long the source may take to close its channels after SHUT 0, and to begin the description after EOF
 LINGER_S = 5.0
+#: what becomes of a source that has sent all of a postcopy and hears no SHUT (seen of 7.2, 10.0 and 11.1)
+UNTOLD = (
+    "a source of QEMU 7.2 stays in postcopy-active with its guest stopped: quit it; one of 10.0 or newer has failed "
+    "and runs its guest on"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +71,7 @@ class Incoming:
 
     `multifd_channels` must be what the source was told, as nothing on the wire says it. `compression` None: whatever
     the first packet uses. `recover_s`: how long a paused postcopy waits for its source, None for as long as it takes.
+    `switchover_ack`: whether the source waits for one (switchover_ack.py); None: found out where it can be.
     """
 
     def __init__(
@@ -75,18 +84,23 @@ class Incoming:
         compression: str | None = None,
         stall_s: float = STALL_S,
         recover_s: float | None = None,
+        switchover_ack: bool | None = None,
+        tell: Tell = tell_nobody,
     ) -> None:
         self._landing = landing
+        self._tell = tell
         self._stop = Stop()
         self._forget = stop.on_request(lambda: self._stop.request(stop.error))
         self._stall_s = stall_s
-        self._recover_s = recover_s
+        self._pause = Pause(recover_s)
+        self._room = DiskRoom(self._stop, tell)
         self._multifd_channels = multifd_channels
         self._compression = compression
         self._bytes = 0
         self._connections: dict[str, Connection] = {}
         self._epochs = Epochs(multifd_channels, self._stop, stall_s, self._received) if multifd_channels else None
-        self.loading = Loading(landing, self._answer, self._epochs, self._resume)
+        self.loading = Loading(landing, self._answer, self._epochs, self._resume, self._no_room, switchover_ack)
+        self.loading.facts["multifd_channels"] = multifd_channels
         expected = Expected(
             Rule.VIRTMIG, multifd_channels=multifd_channels, postcopy=True, preempt=True, early_preempt=True
         )
@@ -101,8 +115,7 @@ class Incoming:
         self._first: float | None = None
         self._commit_s = 0.0
         self._done = False
-        self._paused_since: float | None = None
-        self._recoveries = 0
+        self._told_split = False
         self._writing = threading.Lock()
         self._requester = PageRequester()
         self._may_ask = True  # not between a pause and RESUME: a source takes no requests then
@@ -118,8 +131,10 @@ class Incoming:
         try:
             with self._changed:
                 while not self._done and not self._stop.requested.is_set():
-                    self._changed.wait(self._patience())
-                    self._judge_pause()
+                    self._changed.wait(self._pause.left_s)
+                    if self._pause.overdue:
+                        late = f"the source did not come again within {self._pause.recover_s:g} s"
+                        self._stop.request(ChannelError(late))
         finally:
             if not self._done:
                 self._stop.request()
@@ -135,7 +150,7 @@ class Incoming:
         loading = self.loading
         return Received(
             loading.pages_normal, loading.pages_zero, loading.pages_twice, self._bytes, time.monotonic() - began,
-            self._commit_s, loading.split, self._recoveries, tuple(self._channels),
+            self._commit_s, loading.split, self._pause.recoveries, tuple(self._channels),
         )  # fmt: skip
 
     def continue_from(self, manifest: Manifest, sections: list[DeviceSection]) -> None:
@@ -147,7 +162,7 @@ class Incoming:
         self._ram = RamReader(known=lengths)
         self._ram.huge = {block.name: block.page_size for block in manifest.blocks if block.page_size != PAGE_BYTES}
         self._may_ask = False
-        self._paused_since = time.monotonic()
+        self._pause.begin()
         self._arrivals.recover()
 
     def request(self, block: str, start_bytes: int, length_bytes: int) -> None:
@@ -162,9 +177,14 @@ class Incoming:
         return self._bytes + sum(connection.bytes_received for connection in list(self._connections.values()))
 
     @property
+    def begun(self) -> bool:
+        """Somebody has connected and was named."""
+        return self._first is not None
+
+    @property
     def paused(self) -> bool:
         """A broken postcopy waits for its source."""
-        return self._paused_since is not None
+        return self._pause.since is not None
 
     # -- connections -------------------------------------------------------------------------------------------------
 
@@ -204,6 +224,7 @@ class Incoming:
                 connection.bytes_received = 0
 
     def _broken(self, error: MigrationError, connection: Connection, role: Role) -> None:
+        paused = False
         with self._changed:
             if self._done or self._stop.requested.is_set():
                 return
@@ -216,18 +237,21 @@ class Incoming:
                 and role is not Role.MULTIFD
                 and isinstance(error, ChannelError | RemoteProtocolError)
             ):
-                self._pause()
-                return
+                paused = self._break()
+                if not paused:
+                    return
+        if paused:
+            self._tell("paused", f"the connection is broken: {error}", reason=str(error))
+            return
         if not self.loading.split and self.loading.return_path and not isinstance(error, ChannelError):
             with contextlib.suppress(MigrationError):
                 self._answer(Shut(1))  # the source resumes its guest at once instead of at a timeout
         self._stop.request(error)
 
-    def _pause(self) -> None:
+    def _break(self) -> bool:
         """With the lock held: every connection of the broken postcopy goes, and the source may come again."""
-        if self._paused_since is not None:
-            return
-        self._paused_since = time.monotonic()
+        if not self._pause.begin():
+            return False
         for connection in list(self._connections.values()):
             connection.shutdown()
         with self._writing:
@@ -235,34 +259,30 @@ class Incoming:
             self._requester.forget()
         self._arrivals.recover()
         self._changed.notify_all()
+        return True
 
     def _resume(self) -> None:
         """POSTCOPY_RESUME: ask again for what the guest waits for."""
         with self._writing:
             self._may_ask = True
         self._landing.resumed()
+        missing = self.loading.missing_pages()
+        self._tell("resumed", f"the source is here again, {missing} pages are missing", missing_pages=missing)
 
-    def _patience(self) -> float | None:
-        if self._paused_since is None or self._recover_s is None:
-            return None
-        return max(0.01, self._paused_since + self._recover_s - time.monotonic())
-
-    def _judge_pause(self) -> None:
-        if self._paused_since is None or self._recover_s is None:
-            return
-        if time.monotonic() >= self._paused_since + self._recover_s:
-            self._stop.request(ChannelError(f"the source did not come again within {self._recover_s:g} s"))
+    def _no_room(self, error: NoRoom) -> None:
+        """Wait with the connection open: a source that has sent all cannot send it again."""
+        main = self._connections.get("main")
+        self._room.wait(error, None if self.loading.split or main is None else main.socket)
 
     # -- the channels' threads -----------------------------------------------------------------------------------------
 
     def _main(self, connection: Connection, identity: Identity) -> None:
-        recovering = self._paused_since is not None
+        recovering = self.paused
         decoder = QemuStreamDecoder(recovery=recovering, ram=self._ram if recovering else None)
         self._ram = decoder.ram
         if recovering:
             with self._changed:
-                self._paused_since = None
-                self._recoveries += 1
+                self._pause.end()
         buffer = memoryview(bytearray(_READ_BYTES))
         loading = self.loading
         while not loading.over:
@@ -273,6 +293,7 @@ class Incoming:
                 decoder.end()
             for event in decoder.events():
                 loading.take(event)
+            self._notice()
             loading.footers = decoder.footers is not False
             if not count and not loading.over:
                 if not loading.ended:
@@ -291,26 +312,36 @@ class Incoming:
             self.loading.over = True  # a machine with suppress-vmdesc says nothing behind EOF, and waits for SHUT
             return 0
 
+    def _notice(self) -> None:
+        """Between two reads of main: tell what has become of the guest."""
+        self._room.found()
+        if self.loading.split and not self._told_split:
+            self._told_split = True
+            missing = self.loading.missing_pages()
+            self._tell("postcopy", f"the guest is here, {missing} of its pages follow", missing_pages=missing)
+
     def _commit(self, connection: Connection) -> None:
         loading = self.loading
+        if loading.split:
+            loading.settle(LINGER_S if "preempt" in self._connections else 0.0)
         if loading.missing_pages():
             raise RemoteProtocolError(
                 f"the stream ended and pages are missing: {loading.missing_words()}", channel="main"
             )
         began = time.monotonic()
-        facts: dict[str, str | int] = {
-            "transfer": "postcopy" if loading.split else "precopy",
-            "multifd_channels": self._multifd_channels,
-            "footers": int(loading.footers),
-            "ram_section_id": loading.ram_section_id,
-            "uuid": self._uuid.hex() if self._uuid is not None and any(self._uuid) else "",
-        }
-        with self._stop.sealed():  # a stop in between would leave an image, and a source that was not told
-            self._landing.commit(loading.header, loading.sections, loading.description, facts)
-            self._commit_s = time.monotonic() - began
-            self._tell_the_source()
-            with self._changed:
-                self._done = True
+        while not self._done:
+            try:
+                with self._stop.sealed():  # a stop in between would leave an image, and a source that was not told
+                    loading.commit()
+                    self._commit_s = time.monotonic() - began
+                    self._tell_the_source()
+                    with self._changed:
+                        self._done = True
+            except NoRoom as error:
+                if not loading.split:
+                    raise
+                self._no_room(error)
+        self._room.found()
         connection.stall_after(LINGER_S)
         last_words = b""
         buffer = memoryview(bytearray(4096))
@@ -330,9 +361,11 @@ class Incoming:
         try:
             self._answer(Shut(0))
         except MigrationError as error:
+            words = f"all of the guest is here, but the source could not be told ({error})"
             self._late = ChannelError(
-                f"all of the guest is here, but the source could not be told ({error}): its guest runs on",
-                hint="what was received is a checkpoint; do not run it beside the source's guest",
+                f"{words}: look there" if self.loading.split else f"{words}: its guest runs on",
+                hint=(f"{UNTOLD}; " if self.loading.split else "")
+                + "what was received is a checkpoint; do not run it beside the source's guest",
                 guest=Whereabouts.UNKNOWN if self.loading.split else Whereabouts.SOURCE,
             )
 
@@ -375,6 +408,7 @@ class Incoming:
         with self._lock:
             if self._uuid is None:
                 self._uuid = hello.uuid
+                self.loading.facts["uuid"] = hello.uuid.hex() if any(hello.uuid) else ""
             elif self._uuid != hello.uuid:
                 raise RemoteProtocolError("the channel belongs to another guest", channel=connection.name, offset=8)
 
@@ -433,7 +467,7 @@ class Incoming:
         error = self._stop.error or ChannelError("the migration ended without a word")
         if self.loading.split:
             # what came stays: the source cannot take the guest back, and will send again what is missing
-            error.guest = Whereabouts.SPLIT
+            error.guest = Whereabouts.UNKNOWN if self.loading.ended else Whereabouts.SPLIT
             self._landing.keep()
             return error
         self._landing.abandon()

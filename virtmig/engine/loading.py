@@ -15,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from virtmig.engine.landing import Landing
-from virtmig.engine.memory import LARGEST_RAM_BYTES
+from virtmig.engine.manifest import DEVICES_LIMIT_BYTES, MOST_SECTIONS
+from virtmig.engine.memory import LARGEST_RAM_BYTES, NoRoom
+from virtmig.engine.switchover_ack import SwitchoverAcks
 from virtmig.engine.transport import Stop
 from virtmig.errors import ChannelError, GuestMemoryError, RemoteProtocolError
 from virtmig.pages import PAGE_BYTES, PageNumbers
@@ -38,14 +40,16 @@ from virtmig.stream.events import (
 )
 from virtmig.stream.multifd import MultifdPacket
 from virtmig.stream.multifd_epochs import MultifdEpochs
-from virtmig.stream.return_path import Pong, ReceivedBitmap, ResumeAck, ReturnPathEvent
+from virtmig.stream.return_path import Pong, ReceivedBitmap, ResumeAck, ReturnPathEvent, SwitchoverAck
+from virtmig.stream.wire import PING_PACKAGE_LOADED, Item
 from virtmig.stream.wire import Command as Number
-from virtmig.stream.wire import Item
 from virtmig.stream.xbzrle import decode_xbzrle
 
 _MASK = np.uint64(PAGE_BYTES)
 
 Answer = Callable[[ReturnPathEvent], None]
+#: called with a NoRoom; returns when it may be tried again, raises when it may not
+Wait = Callable[[NoRoom], None]
 
 
 class Epochs:
@@ -110,13 +114,24 @@ class Epochs:
 class Loading:
     """One guest on its way in.
 
-    `answer` writes a return path message, `resumed` is called when a broken postcopy goes on. `over` is True when
-    everything that is to come has come, `split` from the moment on that the source may not take the guest back.
+    `answer` writes a return path message, `resumed` is called when a broken postcopy goes on, `no_room` when the disk
+    is full and the source cannot take the guest back. `over` is True when everything that is to come has come, `split`
+    from the moment on that the source may not take the guest back. `facts` go into the manifest.
     """
 
-    def __init__(self, landing: Landing, answer: Answer, epochs: Epochs | None, resumed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        landing: Landing,
+        answer: Answer,
+        epochs: Epochs | None,
+        resumed: Callable[[], None],
+        no_room: Wait,
+        switchover_ack: bool | None = None,
+    ) -> None:
         self.landing = landing
+        self.facts: dict[str, str | int] = {}
         self._resumed = resumed
+        self._no_room = no_room
         self.header = StreamHeader(3, None)
         self.sections: list[DeviceSection] = []
         self.description = b""
@@ -137,6 +152,11 @@ class Loading:
         self._marker_is_eos: bool | None = None
         self._awaited: dict[str, npt.NDArray[np.bool_]] = {}
         self._counting = threading.Lock()
+        self._placed = threading.Condition(self._counting)
+        self._placing = 0
+        self._acks = SwitchoverAcks(switchover_ack)
+        self._ram_begun = self._ram_ended = False
+        self._devices_bytes = 0
 
     def restore(self, header: StreamHeader, lengths: dict[str, int], sections: list[DeviceSection]) -> None:
         """Begin where another process left a postcopy: the devices are here, and every page is asked for again."""
@@ -153,8 +173,12 @@ class Loading:
                 self.place(event.block, event.page_numbers, event.data)
             case ZeroPages():
                 self.zero(event.block, event.page_numbers)
-            case SectionFooter() | SectionBegin():
-                if isinstance(event, SectionBegin) and event.kind == Item.SECTION_START:
+            case SectionFooter():
+                pass
+            case SectionBegin():
+                self._ram_begun = True
+                self._ram_ended = event.kind == Item.SECTION_END
+                if event.kind == Item.SECTION_START:
                     self.ram_section_id = event.section_id
             case EndOfRam():
                 self._end_of_ram()
@@ -162,7 +186,10 @@ class Loading:
                 self._marker_is_eos = False
                 self._marker()
             case DeviceSection():
-                self.sections.append(event)
+                self._keep(event)
+                if not self._ram_ended and not self.split:
+                    place = "sections_before_switch" if self._ram_begun else "sections_before_ram"
+                    self.facts[place] = int(self.facts.get(place, 0)) + 1
             case Command():
                 self._command(event)
             case Package():
@@ -191,6 +218,11 @@ class Loading:
         """Pages that the source promised to send after the switch to postcopy, and that are not here."""
         return sum(int(np.count_nonzero(bits)) for bits in self._awaited.values())
 
+    def settle(self, within_s: float) -> None:
+        """Wait for pages that other channels have, or are being placed; at most so long."""
+        with self._placed:
+            self._placed.wait_for(lambda: not self._placing and not self.missing_pages(), within_s)
+
     def missing_words(self) -> str:
         """Which pages are missing, for a person."""
         found = [
@@ -211,8 +243,8 @@ class Loading:
 
     def zero(self, block: str, pages: PageNumbers) -> None:
         if self.split:
-            fresh = self._claim(block, pages)
-            pages = pages[fresh]
+            self._place_once(block, pages, None)
+            return
         self.landing.zero(block, pages)
         self.pages_zero += len(pages)
 
@@ -238,34 +270,63 @@ class Loading:
             return None
         return self.landing.room(block, first // PAGE_BYTES, count)
 
-    def _place_once(self, block: str, pages: PageNumbers, data: memoryview) -> None:
-        fresh = self._claim(block, pages)
-        if fresh.all():
-            self.landing.place(block, pages, data)
-        elif fresh.any():
-            rows = np.frombuffer(data, np.uint8).reshape(-1, PAGE_BYTES)[fresh]
-            self.landing.place(block, pages[fresh], rows.reshape(-1).data)
-        with self._counting:
-            self.pages_normal += int(np.count_nonzero(fresh))
+    def _place_once(self, block: str, pages: PageNumbers, data: memoryview | None) -> None:
+        """Those of the pages that are still awaited; `data` None: they are zero. A full disk is waited for."""
+        while True:
+            fresh = self._claim(block, pages)
+            try:
+                if data is None:
+                    self.landing.zero(block, pages[fresh])
+                elif fresh.all():
+                    self.landing.place(block, pages, data)
+                elif fresh.any():
+                    rows = np.frombuffer(data, np.uint8).reshape(-1, PAGE_BYTES)[fresh]
+                    self.landing.place(block, pages[fresh], rows.reshape(-1).data)
+            except NoRoom as error:
+                self._unclaim(block, pages[fresh])  # a source that comes again meanwhile must know that they lack
+                self._no_room(error)
+                continue
+            except BaseException:
+                self._unclaim(block, pages[fresh])
+                raise
+            break
+        with self._placed:
+            self._placing -= 1
+            count = int(np.count_nonzero(fresh))
+            self.pages_twice += len(pages) - count
+            if data is None:
+                self.pages_zero += count
+            else:
+                self.pages_normal += count
+            self._placed.notify_all()
 
     def _claim(self, block: str, pages: PageNumbers) -> npt.NDArray[np.bool_]:
-        """Which of the pages were still awaited; they are not any more. A page comes on one channel only."""
+        """Which of the pages were still awaited; they are not any more."""
         with self._counting:
             bits = self._awaited[block]
             fresh = bits[pages]
             bits[pages] = False
-            self.pages_twice += len(pages) - int(np.count_nonzero(fresh))
+            self._placing += 1
         return fresh
+
+    def _unclaim(self, block: str, pages: PageNumbers) -> None:
+        with self._placed:
+            self._awaited[block][pages] = True
+            self._placing -= 1
+            self._placed.notify_all()
 
     # -- the parts -------------------------------------------------------------------------------------------------
 
     def _end_of_ram(self) -> None:
-        if self._epochs is None or self.split:
+        if self.split:
             return
-        if self._marker_is_eos is None:
-            self._marker_is_eos = True  # START ended without MULTIFD_FLUSH: each section ends with a sync
-        if self._marker_is_eos:
-            self._marker()
+        if self._epochs is not None:
+            if self._marker_is_eos is None:
+                self._marker_is_eos = True  # START ended without MULTIFD_FLUSH: each section ends with a sync
+            if self._marker_is_eos:
+                self._marker()
+        if self.return_path and self._acks.due_after_part(self.pages_normal + self.pages_zero):
+            self._answer(SwitchoverAck())
 
     def _marker(self) -> None:
         if self._epochs is None:
@@ -285,6 +346,8 @@ class Loading:
         if event.total_bytes > LARGEST_RAM_BYTES:
             raise RemoteProtocolError(f"a guest of {event.total_bytes} bytes of RAM", channel="main")
         lengths = {block.name: block.used_length for block in event.blocks}
+        if self.postcopy:
+            self.landing.expect(lengths)
         sizes = {b.name: b.page_size_bytes for b in event.blocks if b.page_size_bytes is not None}
         self.landing.begin(lengths, sizes)
         self._awaited = {name: np.zeros(length // PAGE_BYTES, np.bool_) for name, length in lengths.items()}
@@ -292,6 +355,7 @@ class Loading:
 
     def _encoded(self, event: EncodedPage) -> None:
         page = event.offset // PAGE_BYTES
+        self._acks.never()
         if event.xbzrle:
             content = decode_xbzrle(event.data, bytes(self.landing.read(event.block, page)))
         else:
@@ -308,6 +372,8 @@ class Loading:
         number = Number(event.number)
         if number is Number.OPEN_RETURN_PATH:
             self.return_path = True
+            if self._acks.due_at_open(self.header.machine):
+                self._answer(SwitchoverAck())
         elif number is Number.PING:
             self._answer(Pong(event.value or 0))
         elif number is Number.POSTCOPY_ADVISE:
@@ -334,12 +400,52 @@ class Loading:
             self.landing.discard(event.name, start, length)
 
     def _package(self, event: Package) -> None:
-        """LISTEN, the devices, PINGs and RUN. The devices are safe before any PING of the package is answered."""
-        self.sections += [each for each in event.events if isinstance(each, DeviceSection)]
-        if any(isinstance(each, Command) and each.number == Number.POSTCOPY_LISTEN for each in event.events):
-            self.split = True
-        if self.split:
-            self.landing.devices_loaded(self.header, self.sections)
+        """LISTEN, the devices, PINGs and RUN. The devices are safe before any PING of the package is answered.
+
+        A source with PING 0x42 (10.2 on) takes the guest back until that is answered; an older one never does, as its
+        postcopy has begun: it waits, paused or not, and so does a full disk.
+        """
         for each in event.events:
-            if isinstance(each, Command):
+            if isinstance(each, DeviceSection):
+                self._keep(each)
+        commands = [each for each in event.events if isinstance(each, Command)]
+        listens = any(each.number == Number.POSTCOPY_LISTEN for each in commands)
+        confirmed = any(map(_asks_for_the_guest, commands))
+        if listens:
+            self.split = not confirmed
+            self.landing.awaits(self._awaited, self._all_facts(postcopy=True))
+            while True:
+                try:
+                    self.landing.devices_loaded(self.header, self.sections)
+                    break
+                except NoRoom as error:
+                    self._no_room(error)
+        for each in commands:
+            if each.number != Number.POSTCOPY_LISTEN or not confirmed:
                 self._command(each)
+            self.split = self.split or (listens and _asks_for_the_guest(each))
+
+    def commit(self) -> None:
+        """All has come: make it last. Raises NoRoom when it may be called again."""
+        facts = self._all_facts(postcopy=self.split)
+        self.landing.commit(self.header, self.sections, self.description, facts)
+
+    def _all_facts(self, *, postcopy: bool) -> dict[str, str | int]:
+        return self.facts | {
+            "transfer": "postcopy" if postcopy else "precopy",
+            "footers": int(self.footers),
+            "ram_section_id": self.ram_section_id,
+        }
+
+    def _keep(self, section: DeviceSection) -> None:
+        self.sections.append(section)
+        self._devices_bytes += len(section.data)
+        if len(self.sections) > MOST_SECTIONS or self._devices_bytes > DEVICES_LIMIT_BYTES:
+            raise RemoteProtocolError(
+                f"{len(self.sections)} device sections of {self._devices_bytes} bytes", channel="main"
+            )
+
+
+def _asks_for_the_guest(command: Command) -> bool:
+    """PING 0x42 (10.2 on): its PONG is what the source gives the guest away for."""
+    return command.number == Number.PING and command.value == PING_PACKAGE_LOADED

@@ -1,10 +1,14 @@
 """Guest memory: RAM blocks that are mapped from files, written in runs of pages.
 
-Zero pages are written only where something else was before, so that what the guest never used costs nothing.
+Zero pages are written only where something else was before, so that what the guest never used costs nothing. Files
+that may be full are read and written by pread and pwrite: a page that cannot be had is an error then, through the
+mapping it is a SIGBUS.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import mmap
 import os
 from collections.abc import Iterator, Mapping
@@ -22,6 +26,21 @@ LARGEST_RAM_BYTES = 64 << 40
 #: zero pages are looked for in pieces of this size, which stay in the processor's cache
 _SCAN_BYTES = 1 << 20
 _ZEROS = memoryview(bytes(1 << 20))
+#: more runs are not reserved one by one: the guest stands still meanwhile (about 5 us each)
+_MOST_RESERVED_RUNS = 1 << 16
+# linux/falloc.h
+_KEEP_SIZE = 0x01
+_PUNCH_HOLE = 0x02
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+class NoRoom(GuestMemoryError):
+    """The disk is full. Nothing is lost: what could not be written can be written again when there is room."""
+
+    @staticmethod
+    def means(error: OSError) -> bool:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,7 +80,8 @@ class GuestMemory:
                 raise
             raise GuestMemoryError(f"cannot map the guest's memory: {error.strerror or error}") from None
         self._descriptors = [fd for fd, _ in files.values()]
-        self._touched = {name: np.zeros(block.length // PAGE_BYTES, np.bool_) for name, block in self.blocks.items()}
+        placed = self.blocks.items() if writable else ()  # nothing is placed in an image that is read, however large
+        self._touched = {name: np.zeros(block.length // PAGE_BYTES, np.bool_) for name, block in placed}
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -108,15 +128,51 @@ class GuestMemory:
         for first, count in runs_of(dirty, len(_ZEROS) // PAGE_BYTES):
             _write(block, first, _ZEROS[: count * PAGE_BYTES])
 
+    def reserve(self, name: str, awaited: npt.NDArray[np.bool_]) -> bool:
+        """Room on the disk for the pages that are True. False: this file system cannot promise it. Raises NoRoom."""
+        block = self.block(name)
+        bounds = np.flatnonzero(np.diff(np.concatenate(([False], awaited, [False]))))
+        if len(bounds) > 2 * _MOST_RESERVED_RUNS:
+            return False
+        for first, end in zip(bounds[::2].tolist(), bounds[1::2].tolist(), strict=True):
+            try:
+                _fallocate(block.fd, _KEEP_SIZE, first * PAGE_BYTES, (end - first) * PAGE_BYTES)
+            except OSError as error:
+                if NoRoom.means(error):
+                    raise NoRoom(f"RAM block '{name}': no room for what is still to come: {error.strerror}") from None
+                return False
+        return True
+
+    def release(self, name: str, pages: PageNumbers) -> None:
+        """Make `pages` zero and give their room on the disk back; whatever they held, and reserved ones too."""
+        block = self.block(name)
+        if not len(pages):
+            return
+        self._check(block, pages)
+        for first, count in runs_of(pages):
+            try:
+                _fallocate(block.fd, _PUNCH_HOLE | _KEEP_SIZE, first * PAGE_BYTES, count * PAGE_BYTES)
+            except OSError:  # a file system without holes
+                self.zero(name, np.arange(first, first + count, dtype=np.uint64))
+
+    def touch_what_is_held(self) -> None:
+        """For files that somebody else has filled: what is no hole counts as placed."""
+        for name, block in self.blocks.items():
+            for start, end in holes_and_data(block.fd, block.length):
+                self._touched[name][start // PAGE_BYTES : -(-end // PAGE_BYTES)] = True
+
     def touched(self, name: str) -> npt.NDArray[np.bool_]:
         """For each page whether it was ever placed with contents (it may have become zero since)."""
         return self._touched[name]
 
     def flush(self) -> None:
-        """Everything on the disk (msync, then fsync of each block's file)."""
+        """Everything on the disk (msync, then fsync of each block's file). An error is final: what was lost is lost."""
         for block in self.blocks.values():
-            block.mapping.flush()
-            os.fsync(block.fd)
+            try:
+                block.mapping.flush()
+                os.fsync(block.fd)
+            except OSError as error:
+                raise GuestMemoryError(f"RAM block '{block.name}' cannot be written: {error.strerror}") from None
 
     def close(self) -> None:
         """Unmap and close. Arrays that were handed out must not be used any more."""
@@ -145,9 +201,31 @@ def _write(block: MappedBlock, first_page: int, data: memoryview) -> None:
         while at < len(data):
             at += os.pwrite(block.fd, data[at:], first_page * PAGE_BYTES + at)
     except OSError as error:
-        raise GuestMemoryError(
+        kind = NoRoom if NoRoom.means(error) else GuestMemoryError
+        raise kind(
             f"RAM block '{block.name}' cannot be written at {first_page * PAGE_BYTES + at:#x}: {error.strerror}"
         ) from None
+
+
+def _fallocate(fd: int, mode: int, start_bytes: int, length_bytes: int) -> None:
+    """fallocate(2), which Python has only without a mode. Raises OSError."""
+    while _libc.fallocate(fd, mode, start_bytes, length_bytes):
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
+def read_block(fd: int, start_bytes: int, into: memoryview) -> None:
+    """Fill `into` from a block's file. Raises GuestMemoryError when the file ends before, or cannot be read."""
+    done = 0
+    while done < len(into):
+        try:
+            count = os.preadv(fd, [into[done:]], start_bytes + done)
+        except OSError as error:
+            raise GuestMemoryError(f"it cannot be read at {start_bytes + done:#x}: {error.strerror}") from None
+        if not count:
+            raise GuestMemoryError(f"it ends at {start_bytes + done:#x}")
+        done += count
 
 
 def nonzero_pages(block: Bytes, first_page: int = 0, count: int | None = None) -> npt.NDArray[np.bool_]:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from virtmig.engine.faults import FaultBlock, FaultHandler, FaultStats
-from virtmig.engine.landing import Request
+from virtmig.engine.landing import Awaited, Facts, Request
 from virtmig.engine.memory import GuestMemory
 from virtmig.engine.process_guest import ProcessGuest
 from virtmig.engine.userfault import Userfault
@@ -55,6 +55,12 @@ class ProcessLanding:
 
     def attach(self, request: Request) -> None:
         self._request = request
+
+    def expect(self, blocks: Mapping[str, int]) -> None:
+        """Memory is the kernel's to promise."""
+
+    def awaits(self, pages: Awaited, facts: Facts) -> None:
+        """It keeps them itself, from `discard`."""
 
     def begin(self, blocks: Mapping[str, int], page_sizes: Mapping[str, int]) -> None:
         if self.guest is None:
@@ -145,7 +151,7 @@ class ProcessLanding:
         header: StreamHeader,
         sections: Sequence[DeviceSection],
         description: bytes,
-        facts: Mapping[str, str | int],
+        facts: Facts,
     ) -> None:
         if self._handler is None:
             self.devices_loaded(header, sections)

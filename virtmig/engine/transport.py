@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
+import select
 import socket
 import stat
+import struct
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -181,6 +185,20 @@ class Connection:
         except OSError as error:
             raise self._failed(error, "writing") from None
 
+    def gone(self, within_s: float = 0.0) -> bool:
+        """Whether the peer has closed it, or does so within that time: what is written then is read by nobody."""
+        poll = select.poll()
+        poll.register(self.socket.fileno(), select.POLLRDHUP)
+        return bool(poll.poll(within_s * 1000))
+
+    def untaken_bytes(self) -> int:
+        """What was written and has not reached the peer's kernel; on a unix socket, its process (SIOCOUTQ, tcp(7))."""
+        try:
+            found = fcntl.ioctl(self.socket.fileno(), termios.TIOCOUTQ, bytes(4))
+        except OSError as error:
+            raise self._failed(error, "writing") from None
+        return int(struct.unpack("i", found)[0])
+
     def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
         """Wake whoever waits on it; the peer sees the end. May be called from any thread, more than once."""
         with contextlib.suppress(OSError):
@@ -194,7 +212,8 @@ class Connection:
         if self._stop.error is not None:
             return self._stop.error
         if error.errno == errno.EFAULT:
-            return GuestMemoryError(f"{self.name}: what came cannot be stored: is the disk or the memory full?")
+            what = "what came cannot be stored" if doing == "reading" else "the guest's memory cannot be read any more"
+            return GuestMemoryError(f"{self.name}: {what}: is the disk or the memory full?")
         if isinstance(error, TimeoutError):
             what = "sends nothing" if doing == "reading" else "takes nothing"
             return ChannelError(f"{self.name}: the peer {what} for {self._stall_s:g} s")
