@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -214,6 +215,7 @@ def main() -> None:
     samples: list[Sample] = []
     found_limits: list[dict[str, float]] = []
     machine = _machine(emulator)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was measured is shown, nothing stays in /dev/shm
     bench = Bench(emulator, options.mib, Path(tempfile.mkdtemp(prefix="virtmig-bench-", dir="/dev/shm")))
     try:
         for number, sample in measure(bench, chosen, options.rounds, limited):
