@@ -14,28 +14,28 @@ import logging
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import msgspec
-from tenacity import Retrying, retry_if_exception, retry_if_result, stop_after_attempt, wait_random_exponential
+from tenacity import retry_if_result
 
-from virtmig.domain.document import parse_xml
-from virtmig.errors import ConnectionFailed, DomainXmlError, PlanRefused, RequestError, VirtError
-from virtmig.facts import GuestFacts, HostFacts
+from virtmig.attempts import StopRequest, may_try_again, retrying
+from virtmig.ends import Ends, check_files, open_ends
+from virtmig.errors import PlanRefused, VirtError
+from virtmig.estimate import Estimate
+from virtmig.facts import HostFacts
 from virtmig.fitting import Fitted, fit
 from virtmig.forecast import forecast
 from virtmig.link.asking import Changed, Ended
 from virtmig.obstacles import Caution
+from virtmig.outlook import outlook
 from virtmig.plan import Plan, negotiate
 from virtmig.policy import Action, Decision, History, Policy, decide
 from virtmig.progress import Outcome, PassCounter, Phase, Progress, Status, Whereabouts
 from virtmig.relaying import Relay, find_agents
 from virtmig.report.recorder import Recorder
-from virtmig.request import MigrationRequest, read_file_values
-from virtmig.virt.capabilities import gather_guest_facts, gather_host_facts, unreachable_host_facts
-from virtmig.virt.connection import FENCED_KEEPALIVE, lookup_domain
+from virtmig.request import MigrationRequest
+from virtmig.virt.connection import FENCED_KEEPALIVE
 from virtmig.virt.fence import HOLD_FLAG, Fence
-from virtmig.virt.hosts import Host
 from virtmig.virt.job import MigrationJob
 from virtmig.virt.parameters import migrate_call
 from virtmig.watchers import Both, Silent, Watcher
@@ -46,43 +46,6 @@ log = logging.getLogger("virtmig")
 SAMPLE_S = 0.2
 #: how long hosts may take to settle after the call has ended before what they say counts as the end
 SETTLE_S = 8.0
-#: a second stop request within this time means: now
-STOP_AGAIN_S = 2.0
-#: libvirt's codes for trouble that may pass by itself: RPC, no connect, internal port clash, state lock
-PASSING_CODES = frozenset({5, 38, 39, 68})
-
-
-class StopRequest:
-    """Requests to stop, from signals or another thread: when each arrived (time.monotonic()) and what it was."""
-
-    def __init__(self) -> None:
-        self.requests: list[tuple[float, str]] = []
-
-    def ask(self, what: str) -> None:
-        # only an append: this runs inside signal handlers, where taking a lock could wait for ourselves
-        self.requests.append((time.monotonic(), what))
-
-    @property
-    def now(self) -> bool:
-        """Whether the last two requests came close together: stop at once, wait for nothing."""
-        return len(self.requests) > 1 and self.requests[-1][0] - self.requests[-2][0] <= STOP_AGAIN_S
-
-
-class Ends(msgspec.Struct):
-    """Both ends of one migration, the domain, and what is known about all three."""
-
-    source: Host
-    destination: Host | None
-    domain: Any
-    uuid: str
-    name: str
-    source_facts: HostFacts
-    destination_facts: HostFacts
-    guest: GuestFacts
-
-    @property
-    def destination_name(self) -> str:
-        return self.destination.name if self.destination else self.destination_facts.hostname
 
 
 def migrate(
@@ -107,10 +70,13 @@ def migrate(
             plan.raise_if_refused()
             _refuse_blind_fence(plan.request, ends)
         fitted = fit(ends.domain, request, source=ends.source.name, destination=ends.destination_name)
-        _begin_record(recorder, request, plan, ends, fitted)
+        foretold = _outlook(request, plan, ends) if "estimate" in request else None
+        _begin_record(recorder, request, plan, ends, fitted, foretold)
         watcher = Both(recorder, watcher)
         watcher.start(ends.name, ends.source.name, ends.destination_name, plan)
-        outcome: Outcome = _retrying(request, stop, retry_if_result(_may_try_again))(
+        if foretold is not None:
+            watcher.message(f"forecast: {foretold.sentence}" + (f" -> {foretold.advice}" if foretold.advice else ""))
+        outcome: Outcome = retrying(request, stop, retry_if_result(may_try_again))(
             _Run(ends, plan, watcher, stop, fitted).once
         )
         outcome = msgspec.structs.replace(outcome, report_id=recorder.id)
@@ -119,11 +85,23 @@ def migrate(
 
 
 def _begin_record(
-    recorder: Recorder, request: MigrationRequest, plan: Plan, ends: Ends, fitted: Fitted | None = None
+    recorder: Recorder,
+    request: MigrationRequest,
+    plan: Plan,
+    ends: Ends,
+    fitted: Fitted | None = None,
+    foretold: Estimate | None = None,
 ) -> None:
     changes = [f"{change}  [{change.rule}]" for change in fitted.changes] if fitted else []
     recorder.begin(request, plan, source=ends.source_facts, destination=ends.destination_facts, guest=ends.guest,
-                   changes=changes)  # fmt: skip
+                   changes=changes, estimate=foretold)  # fmt: skip
+
+
+def _outlook(request: MigrationRequest, plan: Plan, ends: Ends) -> Estimate | None:
+    if plan.refused:
+        return None
+    return outlook(ends.source.connection, ends.domain, request, ends.guest, source=plan.source,
+                   destination=plan.destination)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -144,56 +122,10 @@ def plan_only(request: MigrationRequest, *, source_uri: str | None = None) -> tu
         plan = negotiate(request, ends.source_facts, ends.destination_facts, ends.guest)
         fitted = fit(ends.domain, request, source=ends.source.name, destination=ends.destination_name)
         notes = tuple(Caution("xml", f"{change}  [{change.rule}]") for change in fitted.changes)
+        if (found := _outlook(request, plan, ends)) is not None:
+            notes += (Caution("forecast", found.sentence, found.advice),)
         plan = msgspec.structs.replace(plan, notes=plan.notes + notes)
         return plan, ends.source_facts, ends.destination_facts
-
-
-def check_files(request: MigrationRequest) -> None:
-    """Read what --xml and --persistent-xml name, before any connection. Raises RequestError for no domain XML."""
-    values = read_file_values({name: request[name] for name in request})
-    for name in ("xml", "persistent-xml"):
-        if name in values:
-            try:
-                root = parse_xml(str(values[name]))
-            except DomainXmlError as error:
-                raise RequestError(f"{request[name]}: {error}", option=name, hint="a domain XML") from None
-            if root.tag != "domain":
-                raise RequestError(f"{request[name]}: the root element is no domain", option=name, hint="a domain XML")
-
-
-@contextlib.contextmanager
-def open_ends(request: MigrationRequest, source_uri: str | None, stop: StopRequest) -> Iterator[Ends]:
-    """Open both ends, find the domain, ask both hosts for facts (at the same time), close them afterwards.
-
-    A destination that only the source daemon can reach (p2p through another network) is no error: what only it could
-    tell is then unknown, and the plan says so.
-    """
-    opening = _retrying(request, stop, retry_if_exception(lambda e: isinstance(e, ConnectionFailed) and e.retryable))
-    source = opening(Host, source_uri)
-    destination: Host | None = None
-    try:
-        domain = lookup_domain(source.connection, request.domain)
-        try:
-            destination = opening(Host, request.destination_uri)
-        except ConnectionFailed as error:
-            if "p2p" not in request:
-                raise
-            log.info("the destination is not reachable from here, only from the source: %s", error)
-        query_qemu = "query-qemu" in request
-        with ThreadPoolExecutor(max_workers=3, thread_name_prefix="virtmig-facts") as pool:
-            guest = pool.submit(gather_guest_facts, domain, query_qemu=query_qemu)
-            mine = pool.submit(gather_host_facts, source.connection, source.full_uri())
-            if destination is None:
-                theirs = unreachable_host_facts(request.destination_uri)
-            else:
-                theirs = gather_host_facts(destination.connection, request.destination_uri, guest=guest.result())
-            ends = Ends(source, destination, domain, domain.UUIDString(), domain.name(), mine.result(), theirs,
-                        guest.result())  # fmt: skip
-        yield ends
-    finally:
-        source.close()
-        if destination is not None:
-            destination.close()
 
 
 class _Run:
@@ -478,23 +410,3 @@ def _refuse_blind_fence(request: MigrationRequest, ends: Ends) -> None:
             [("fence", "the fence needs to reach the destination itself, and only the source can",
               f"run it where {request.destination_uri} can be opened, or leave out --fence")]
         )  # fmt: skip
-
-
-def _may_try_again(outcome: Outcome) -> bool:
-    return (
-        outcome.status is Status.FAILED
-        and not outcome.started
-        and outcome.guest is Whereabouts.SOURCE
-        and (outcome.error_code in PASSING_CODES or "Unable to find an unused port" in outcome.error)
-    )
-
-
-def _retrying(request: MigrationRequest, stop: StopRequest, retry: Any) -> Retrying:
-    """tenacity's loop, for what is safe to repeat; a stop request ends it, the last result or error is kept."""
-    return Retrying(
-        retry=retry,
-        stop=lambda state: bool(stop.requests) or stop_after_attempt(1 + (request.number("retries") or 0))(state),
-        wait=wait_random_exponential(multiplier=0.4, max=3.0),
-        before_sleep=lambda state: log.info("trying again: %s", state.outcome),
-        retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
-    )

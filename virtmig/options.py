@@ -203,6 +203,8 @@ OUR_OPTIONS: tuple[Option, ...] = (
     _switch("strict", "refuse instead of adjusting anything that was asked for", ours=True, group="plan"),
     _switch("plan", "start nothing; print what would be done, why, and on what evidence", ours=True,
             aliases=("dry-run",), group="plan"),
+    _switch("estimate", "watch for a second how fast the guest writes, and say beforehand how long it will take; "
+            "--plan does so too", ours=True, group="plan"),
     _switch("query-qemu", "ask both QEMUs for their migration capabilities through libvirt's monitor; this marks "
             "the domain as tainted", ours=True, group="plan"),
     _number("max-downtime", "how long the guest may be stopped at the switchover, set before the start",

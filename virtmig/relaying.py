@@ -16,7 +16,7 @@ from virtmig.request import MigrationRequest
 
 #: what concerns this command alone, and not the other host
 _OURS_ALONE = frozenset({"agent", "destination-agent", "progress", "json", "quiet", "exit-codes", "verbose", "plan",
-                         "xml", "persistent-xml", "retries", "query-qemu", "report"})  # fmt: skip
+                         "xml", "persistent-xml", "retries", "query-qemu", "report", "estimate"})  # fmt: skip
 
 
 def find_agents(request: MigrationRequest, source: HostFacts, destination: HostFacts) -> tuple[HostFacts, HostFacts]:

@@ -170,7 +170,9 @@ def test_everything_breaks_and_comes_back() -> None:
     assert [action.channel for action in pair.of(s, Dial)[-4:]] == [*s.channels, CONTROL]
     for at, channel in enumerate((CONTROL, *s.channels)):
         [resume] = s.connected(channel, f"s2{at}", pair.now, 1000 + at)
-        accepted, resumed = d.resume(f"d2{at}", resume.message, pair.now, received_up_to=lambda at=at: 2000 + at, peer="amber")
+        accepted, resumed = d.resume(
+            f"d2{at}", resume.message, pair.now, received_up_to=lambda at=at: 2000 + at, peer="amber"
+        )
         assert resumed == Resumed(channel, f"d2{at}", 1000 + at)
         assert s.receive_on(f"s2{at}", as_control(accepted.message), pair.now) == [
             Resumed(channel, f"s2{at}", 2000 + at)

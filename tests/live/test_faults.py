@@ -22,9 +22,10 @@ import pytest
 
 from tests.live.test_migrate import Witness, move, request
 from tests.support.lab import GuestFactory, LabGuest, eventually, frozen
+from virtmig.attempts import StopRequest
 from virtmig.errors import PlanRefused
 from virtmig.lab.lab import Lab
-from virtmig.migrate import StopRequest, migrate
+from virtmig.migrate import migrate
 from virtmig.progress import Outcome, Phase, Progress, Status, Whereabouts
 from virtmig.virt import connection
 

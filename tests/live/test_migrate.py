@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from tests.support.lab import GuestFactory, LabGuest, eventually
+from virtmig.attempts import StopRequest
 from virtmig.errors import PlanRefused
 from virtmig.lab.hosts import LabHost
 from virtmig.lab.lab import Lab
-from virtmig.migrate import StopRequest, migrate
+from virtmig.migrate import migrate
 from virtmig.plan import Plan
 from virtmig.policy import Action, Decision
 from virtmig.progress import Outcome, Phase, Progress, Status, Whereabouts

@@ -38,10 +38,11 @@ def _use_keepalive(options: GlobalOptions) -> None:
 
 def run_migrate(request: MigrationRequest, options: GlobalOptions) -> int:
     """`virtmig migrate`, and `--plan`, which starts nothing."""
+    from virtmig.attempts import StopRequest
     from virtmig.cli.display import make_display, resolve_mode
     from virtmig.cli.plan_view import plan_json, print_plan
     from virtmig.cli.signals import stop_on_signals
-    from virtmig.migrate import StopRequest, migrate, plan_only
+    from virtmig.migrate import migrate, plan_only
 
     fine = request.text("exit-codes") == "fine"
     _use_keepalive(options)

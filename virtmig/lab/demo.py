@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from virtmig.attempts import StopRequest
 from virtmig.cli.display import make_display, resolve_mode
 from virtmig.cli.signals import stop_on_signals
 from virtmig.errors import MigrationError
@@ -21,7 +22,7 @@ from virtmig.lab.guest import GuestSettings
 from virtmig.lab.hosts import LabHost
 from virtmig.lab.lab import Lab
 from virtmig.lab.memory_check import check_domain
-from virtmig.migrate import StopRequest, migrate
+from virtmig.migrate import migrate
 from virtmig.progress import Outcome, Status
 from virtmig.request import MigrationRequest
 from virtmig.virt.connection import connected, lookup_domain

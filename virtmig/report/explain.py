@@ -75,6 +75,11 @@ def explain(record: Record) -> list[str]:
     said += [f"  {choice.feature}: {choice.reason}" for choice in began.plan.choices if choice.on]
     said += [f"  --{row.option} {row.asked} became {row.planned}: {row.reason}" for row in began.plan.adjustments]
     said += [f"  in the domain XML: {change}" for change in began.changes]
+    if began.estimate is not None:
+        said += ["", "What was foretold:", f"  {began.estimate.sentence}"]
+        if outcome is not None:
+            came = f"  it took {duration_text(outcome.elapsed_s)}"
+            said.append(came + (f", the guest away for {outcome.downtime_ms} ms" if outcome.downtime_ms else ""))
     if decisions := [row for row in record.decisions if row.decision.notable]:
         said += ["", "What was decided on the way:"]
         said += [

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from virtmig.agreement import Plan
+from virtmig.estimate import Estimate
 from virtmig.facts import GuestFacts, HostFacts
 from virtmig.policy import Decision
 from virtmig.progress import Outcome, Phase, Progress
@@ -67,6 +68,7 @@ class Recorder:
         destination: HostFacts | None = None,
         guest: GuestFacts | None = None,
         changes: Sequence[str] = (),
+        estimate: Estimate | None = None,
     ) -> None:
         """Make the file. Never raises."""
         if self._folder is None:
@@ -94,6 +96,7 @@ class Recorder:
                 destination_facts=destination,
                 guest=guest,
                 changes=tuple(changes),
+                estimate=estimate,
                 pid=os.getpid(),
             )
         )

@@ -16,6 +16,7 @@ import msgspec
 
 from virtmig.agreement import Plan
 from virtmig.errors import RequestError
+from virtmig.estimate import Estimate
 from virtmig.facts import GuestFacts, HostFacts
 from virtmig.policy import Decision
 from virtmig.progress import Outcome, Progress
@@ -47,6 +48,7 @@ class Began(_Row, frozen=True, kw_only=True, omit_defaults=True, tag="began"):
     destination_facts: HostFacts | None = None
     guest: GuestFacts | None = None
     changes: tuple[str, ...] = ()  # of the domain XML, with their rules
+    estimate: Estimate | None = None  # what was foretold, with --estimate
     pid: int = 0
 
 
