@@ -18,7 +18,8 @@ def told(ratio: float, *, memory: int = 4 * GIB, rate: float = 1000 * MIB, postc
 
 def test_a_still_guest_takes_one_pass() -> None:
     found = told(0.0)
-    assert found.low_s == found.high_s == pytest.approx(4096 / 1000)
+    assert found.low_s == pytest.approx(4096 / 1000)
+    assert found.high_s == pytest.approx(found.low_s, abs=1.0)
     assert found.chance == 1.0
     assert found.downtime_ms == STOP_MS
     assert not found.advice
@@ -32,11 +33,14 @@ def test_time_grows_with_memory_and_falls_with_the_rate() -> None:
 def test_half_the_rate_takes_about_two_passes_worth_of_bytes() -> None:
     found = told(0.5)
     assert found.high_s is not None
-    assert 1.5 * 4.096 < found.low_s < 2.0 * 4.096 < found.high_s < 3.0 * 4.096
-    assert found.chance > 0.99
+    assert 1.3 * 4.096 < found.low_s < 2.0 * 4.096 < found.high_s < 5.0 * 4.096
+    assert found.chance > 0.97
 
 
-@pytest.mark.parametrize(("ratio", "least", "most"), [(0.25, 0.999, 1), (0.8, 0.8, 0.95), (1.0, 0.5, 0.5), (1.2, 0.05, 0.3), (3, 0, 0.001)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ratio", "least", "most"),
+    [(0.25, 0.999, 1), (0.8, 0.7, 0.8), (1.0, 0.5, 0.5), (1.2, 0.2, 0.4), (3, 0, 0.001)],
+)
 def test_the_chance_to_converge(ratio: float, least: float, most: float) -> None:
     assert least <= told(ratio).chance <= most
 
@@ -59,7 +63,7 @@ def test_postcopy_is_sure_to_end() -> None:
     found = told(5.0, postcopy=True)
     assert found.chance == 1.0
     assert found.high_s is not None
-    assert found.high_s < 2.1 * found.low_s
+    assert found.high_s < 2.2 * found.low_s
 
 
 @given(st.floats(0, 10), st.integers(1, 1 << 42), st.floats(1e5, 1e11))

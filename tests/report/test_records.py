@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.support.hosts import DESTINATION, GUEST, SOURCE, ask, plan
 from virtmig.errors import RequestError
+from virtmig.estimate import estimate
 from virtmig.forecast import Forecast
 from virtmig.policy import Action, Decision, Policy
 from virtmig.progress import Outcome, Phase, Progress, Status, Whereabouts
@@ -241,3 +242,16 @@ def test_the_file_is_written_while_it_happens(tmp_path: Path) -> None:
 
 def _exists(fd: str) -> bool:
     return os.path.lexists(f"/proc/self/fd/{fd}")
+
+
+def test_everything_that_may_be_none_survives_being_left_out(tmp_path: Path) -> None:
+    """None is not written: whatever may be None must have it as its default, here and in all that is inside."""
+    never = estimate(memory_bytes=1 << 40, dirty_bytes_per_s=2e9, rate_bytes_per_s=1e9)
+    assert never.high_s is None
+    recorder = Recorder(tmp_path)
+    recorder.begin(ask("live"), plan(ask("live")), source=SOURCE, destination=DESTINATION, guest=GUEST, estimate=never)
+    recorder.finish(outcome(downtime_ms=None, observed_downtime_ms=None, processed_bytes=None))
+    record = find_record("last", tmp_path)
+    assert record.began.estimate == never
+    assert record.outcome == outcome(downtime_ms=None, observed_downtime_ms=None, processed_bytes=None)
+    assert never.sentence in "\n".join(explain(record))
