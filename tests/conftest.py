@@ -18,6 +18,14 @@ def _records_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["VIRTMIG_RECORDS"] = str(tmp_path_factory.mktemp("records"))
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The default run ends within minutes: what is slow is only run when marks are named (./dev soak slow)."""
+    left = [item for item in items if item.get_closest_marker("slow")]
+    if left and not config.option.markexpr and not any("::" in argument for argument in config.args):
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One line with the count, then one line for each reason, the most frequent first."""
     reasons = skip_reasons(terminalreporter.stats.get("skipped", []))

@@ -68,13 +68,15 @@ def there_and_back(lab: Lab, guest: GuestFactory, words: list[str]) -> None:
 
 @pytest.mark.lab
 @pytest.mark.root
-@pytest.mark.parametrize("way", [*WAYS, *POSTCOPY])
+@pytest.mark.parametrize("way", [next(iter(WAYS)), *POSTCOPY, *(pytest.param(way, marks=pytest.mark.slow)
+                                                                 for way in list(WAYS)[1:])])  # fmt: skip
 def test_plain_virsh_in_the_full_form(full_lab: Lab, guest: GuestFactory, way: str) -> None:
     there_and_back(full_lab, guest, {**WAYS, **POSTCOPY}[way])
 
 
 @pytest.mark.lab
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [way if number < 2 else pytest.param(way, marks=pytest.mark.slow)
+                                 for number, way in enumerate(WAYS)])  # fmt: skip
 def test_plain_virsh_in_the_session_form(session_lab: Lab, guest: GuestFactory, way: str) -> None:
     """No --migrateuri: the hosts say themselves where they are reached."""
     there_and_back(session_lab, guest, WAYS[way])

@@ -196,7 +196,7 @@ def test_the_destination_is_destroyed_by_a_person(full_lab: Lab, guest: GuestFac
     moves_again(fresh, full_lab)
 
 
-@pytest.mark.parametrize("p2p", [False, True], ids=["managed", "p2p"])
+@pytest.mark.parametrize("p2p", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["managed", "p2p"])
 def test_the_destination_daemon_is_killed(full_lab: Lab, guest: GuestFactory, p2p: bool) -> None:
     fresh = guest()
     options: dict[str, Any] = {"p2p": True} if p2p else {}
