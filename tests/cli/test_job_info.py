@@ -19,9 +19,9 @@ def test_no_job() -> None:
     assert lines({"type": 0}) == ["Job type:         None        "]
 
 
-def test_cancelled_shows_only_its_type_unless_asked() -> None:
+def test_cancelled_shows_only_what_it_was_unless_asked() -> None:
     stats = {"type": 5, "operation": 5, "time_elapsed": 7, "errmsg": "told to"}
-    assert lines(stats) == ["Job type:         Cancelled   "]
+    assert lines(stats) == ["Job type:         Cancelled   ", "Operation:        Outgoing migration"]
     assert lines(stats, any_stats=True)[-1] == "Error message:    told to"
 
 
@@ -32,4 +32,4 @@ def test_running_and_completed_downtime_have_different_names() -> None:
 
 
 def test_raw() -> None:
-    assert raw_lines({"type": 2, "b": 1, "a": 2}) == ["a: 2", "b: 1"]
+    assert raw_lines({"type": 2, "b": 1, "a": True}) == ["Job type: 2", "", "b: 1", "a: 1"]

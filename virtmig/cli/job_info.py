@@ -97,11 +97,11 @@ def lines(stats: Mapping[str, Any], *, completed: bool = False, any_stats: bool 
     """virsh's lines for one job. `stats` is virDomainGetJobStats with its "type"."""
     kind = int(stats.get("type", 0))
     out = [_line("Job type:", f"{_word(JOB_TYPES, kind):<12}")]
-    shown = kind in (BOUNDED, UNBOUNDED) or (completed and kind == COMPLETED) or (any_stats and kind != 0)
-    if not shown:
+    if kind == 0:
         return out
-    if "operation" in stats:
-        out.append(_line("Operation:", f"{_word(OPERATIONS, int(stats['operation'])):<12}"))
+    out.append(_line("Operation:", f"{_word(OPERATIONS, int(stats.get('operation', 0))):<12}"))
+    if not (kind in (BOUNDED, UNBOUNDED) or (completed and kind == COMPLETED) or any_stats):
+        return out
     out.append(_line("Time elapsed:", _ms(int(stats.get("time_elapsed", 0)))))
     if "time_elapsed_net" in stats:
         out.append(_line("Time elapsed w/o network:", _ms(int(stats["time_elapsed_net"]))))
@@ -124,8 +124,10 @@ def lines(stats: Mapping[str, Any], *, completed: bool = False, any_stats: bool 
 
 
 def raw_lines(stats: Mapping[str, Any]) -> list[str]:
-    """`--rawstats`: libvirt's own keys and values."""
-    return [f"{key}: {value}" for key, value in sorted(stats.items()) if key != "type"]
+    """`--rawstats`: libvirt's own keys and values, in its order, below the number of the job's type."""
+    rows = [f"{key}: {int(value) if isinstance(value, bool) else value}" for key, value in stats.items()
+            if key != "type"]  # fmt: skip
+    return [f"Job type: {stats.get('type', 0)}", "", *rows]
 
 
 def _rows(rows: tuple[Row, ...], stats: Mapping[str, Any]) -> list[str]:

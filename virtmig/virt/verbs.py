@@ -25,7 +25,14 @@ def get_max_downtime(connection: Any, name: str) -> int:
     """In milliseconds."""
     domain = lookup_domain(connection, name)
     with translated():
-        return int(domain.migrateGetMaxDowntime(0))
+        return _number(domain.migrateGetMaxDowntime(0), "virDomainMigrateGetMaxDowntime")
+
+
+def _number(value: Any, call: str) -> int:
+    """Some versions of the binding give None where they should raise."""
+    if value is None:
+        raise libvirt.libvirtError(f"{call}() failed")
+    return int(value)
 
 
 def _speed_flags(postcopy: bool) -> int:
@@ -51,7 +58,7 @@ def compression_cache(connection: Any, name: str, size_bytes: int | None) -> int
     with translated():
         if size_bytes is not None:
             domain.migrateSetCompressionCache(size_bytes, 0)
-        return int(domain.migrateGetCompressionCache(0))
+        return _number(domain.migrateGetCompressionCache(0), "virDomainMigrateGetCompressionCache")
 
 
 def start_postcopy(connection: Any, name: str) -> None:
