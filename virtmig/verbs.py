@@ -163,7 +163,9 @@ VERBS: tuple[Verb, ...] = (
     Verb(
         name="send", help="be the source of a migration into a QEMU: restore a guest from a folder", ours=True,
         description="Restore a guest that `virtmig receive` keeps into a QEMU that was started with -incoming defer "
-        "and told to listen. With --postcopy the guest runs at once and its pages come when it touches them.",
+        "and told to listen. With --postcopy the guest runs at once and its pages come when it touches them. What was "
+        "sent where is kept in FOLDER/sent.json, and an image that may run elsewhere is not sent a second time. Of the "
+        "guest it was taken from nothing is known: where that one was resumed, the first sending makes a second copy.",
         options=(
             Option(name="folder", kind=Kind.STRING, help="the image", positional=True, required=True),
             Option(name="address", kind=Kind.STRING, help="where QEMU listens: tcp:HOST:PORT or unix:PATH",
@@ -179,6 +181,8 @@ VERBS: tuple[Verb, ...] = (
             Option(name="bandwidth", kind=Kind.NUMBER, help="limit of what no fault waits for", unit="MiB/s", minimum=1,
                    maximum=UNLIMITED_MIB_S),
             _switch("recover", "go on with a postcopy that was interrupted"),
+            _switch("again", "although it was sent before and may run there: a second copy of one guest, with its "
+                    "addresses and on its disks; with --recover: although its record was lost"),
             _switch("verify", "compare the image with its sums first"),
             Option(name="stall-timeout", kind=Kind.NUMBER, help="a QEMU that takes nothing for so long has failed "
                    "(default 60)", unit="s", minimum=1, maximum=86_400),
@@ -281,6 +285,19 @@ VERBS: tuple[Verb, ...] = (
         examples=(
             ("virtmig agent --listen tcp:0.0.0.0:16515", "in a terminal, to try it"),
         ),
+    ),
+    Verb(
+        name="api", help="serve the HTTP API, its page and metrics", ours=True,
+        description="Plan, start, watch and steer migrations over HTTP, and show them on one page. A migration that it "
+        "starts is a process of its own and goes on when the API ends. Needs virtmig[api].",
+        options=(
+            Option(name="listen", kind=Kind.STRING, help="unix:PATH (default: api.sock beside the agent's socket) or "
+                   "tcp:HOST:PORT, which is mutual TLS (no port: 16516)"),
+            _switch("plain", "tcp without TLS, on loopback alone: every user of this host may come in"),
+            Option(name="config", kind=Kind.FILE, help="agent.toml, for its tls, allow and local rows"),
+        ),
+        examples=(("virtmig api", "on the unix socket"),
+                  ("virtmig api --listen tcp:127.0.0.1:16516 --plain", "then open http://127.0.0.1:16516/")),
     ),
     Verb(
         name="handshake", help="let two agents shake hands, and show what they agree on", ours=True,

@@ -271,3 +271,9 @@ def run_report(values: dict[str, Any], options: GlobalOptions) -> int:
     from virtmig.cli.report_commands import run_report as run
 
     return run(values, options)
+
+
+def run_api(values: dict[str, Any], options: GlobalOptions) -> int:
+    from virtmig.cli.api_commands import run_api as run
+
+    return run(values, options)
