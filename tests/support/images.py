@@ -99,14 +99,20 @@ def waiting(
     *capabilities: str,
     runs: bool = False,
     unix: bool = False,
+    changed: tuple[str, ...] = (),
     **parameters: int | str,
 ) -> Iterator[Waiting]:
-    """The recording's own command line with -incoming; the guest stays stopped unless it `runs`."""
+    """The recording's own command line with -incoming; the guest stays stopped unless it `runs`.
+
+    `changed`: an option and the value it has instead.
+    """
     with emulator.folder() as (here, there):
         (here / "boot.img").write_bytes(boot_image(GuestSettings(memory_mib=MEMORY_MIB, walk_mib=1)))
         recorded: Sequence[str] = source.about["source"]["arguments"]
         arguments = [argument.replace("WORK", there) for argument in recorded[: recorded.index("-chardev")]]
         arguments[arguments.index("-M") + 1] = source.about["machine"]
+        if changed:
+            arguments[arguments.index(changed[0]) + 1] = changed[1]
         arguments += ["-incoming", "defer", *([] if runs else ["-S"])]
         with Qemu(emulator.command, arguments, name="destination", stderr=here / "stderr") as qemu:
             qemu.set_capabilities((*capabilities, "events"))

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import msgspec
+from typing import Any
 
 from virtmig.cli.signals import stop_on_signals
-from virtmig.engine.transport import STALL_S, Address, Stop
+from virtmig.engine.transport import Stop
 from virtmig.errors import MigrationAborted
 from virtmig.progress import Whereabouts
-
-if TYPE_CHECKING:
-    from virtmig.engine.outgoing import SendProgress
-
-_MIB = 1 << 20
 
 
 class _Asked:
@@ -30,11 +21,6 @@ class _Asked:
         self.split: Callable[[], bool] = lambda: False
         self._warned = False
 
-    def follow(self, progress: SendProgress) -> None:
-        """Of a guest that is sent: once it runs there, stopping splits it."""
-        if progress.guest_runs and progress.stage != "finishing":
-            self.split = lambda: True
-
     def ask(self, why: str) -> None:
         if self.split() and not self._warned:
             self._warned = True
@@ -44,20 +30,6 @@ class _Asked:
             return
         guest = Whereabouts.SPLIT if self.split() else Whereabouts.SOURCE
         self._stop.request(MigrationAborted(f"stopped by {why}", guest=guest))
-
-
-class _Say:
-    """Lines for a person on stderr, or JSON lines on stdout."""
-
-    def __init__(self, *, json: bool, quiet: bool) -> None:
-        self._json = json
-        self._quiet = quiet
-
-    def event(self, name: str, words: str, **facts: object) -> None:
-        if self._json:
-            print(msgspec.json.encode({"event": name, **facts}).decode(), flush=True)
-        elif not self._quiet:
-            print(words, file=sys.stderr, flush=True)
 
 
 def run_receive(values: dict[str, Any], *, quiet: bool) -> int:
@@ -71,29 +43,8 @@ def run_receive(values: dict[str, Any], *, quiet: bool) -> int:
 
 def run_send(values: dict[str, Any], *, quiet: bool) -> int:
     """Exit status 0 when the QEMU has confirmed the whole guest."""
-    from virtmig.engine.image import Image
-    from virtmig.engine.outgoing import SendSettings, send_image
-    from virtmig.stream.wire import Dialect
+    from virtmig.cli.send_command import run
 
-    say = _Say(json=bool(values.get("json")), quiet=quiet)
-    address = Address.parse(str(values["address"]))
-    folder = Path(str(values["folder"]))
-    bandwidth = values.get("bandwidth")
-    settings = SendSettings(
-        postcopy=bool(values.get("postcopy")) or bool(values.get("recover")),
-        preempt=bool(values.get("postcopy-preempt")),
-        multifd_channels=int(values.get("parallel-connections") or 0),
-        compression=str(values.get("comp-methods") or "none"),
-        destination=Dialect(str(values.get("qemu") or Dialect.QEMU_11_1)),
-        recover=bool(values.get("recover")),
-        bandwidth_bytes_per_s=int(bandwidth) * _MIB if bandwidth else None,
-        stall_s=float(values.get("stall-timeout") or STALL_S),
-    )
     stop = Stop()
-    with stop_on_signals(_Asked(stop)) as asked, Image(folder) as image:
-        if values.get("verify"):
-            image.verify()
-        result = send_image(image, address, settings, stop, progress=asked.follow)
-    say.event("sent", f"the guest of {folder} is at {address}", folder=str(folder), address=str(address),
-              result=msgspec.to_builtins(result))  # fmt: skip
-    return 0
+    with stop_on_signals(_Asked(stop)) as asked:
+        return run(values, stop, asked, quiet=quiet)

@@ -19,6 +19,10 @@ from virtmig.stream.return_path import (
 )
 
 
+class Silent(ChannelError):
+    """It is connected, and does not say what is waited for."""
+
+
 class Answers:
     """`read` is the thread's work. `on_request` and `on_bitmap` are called in it; `changed` guards the rest.
 
@@ -42,6 +46,8 @@ class Answers:
         self.arrived = False
         #: the end of the stream goes out: from here on SHUT 0 is no surprise
         self.finished = False
+        #: it said SHUT with an error
+        self.refused = False
         self._stop = stop
         self._lengths = lengths
         self._stall_s = stall_s
@@ -75,7 +81,7 @@ class Answers:
             if done():
                 return
         self._stop.check()
-        raise ChannelError(f"main: for {self._stall_s:g} s nothing from the destination that {what}")
+        raise Silent(f"main: for {self._stall_s:g} s nothing from the destination that {what}")
 
     def close(self) -> None:
         self._forget()
@@ -86,6 +92,7 @@ class Answers:
                 self._on_request(event)
                 return
             case Shut() if event.value:
+                self.refused = True
                 raise ChannelError(f"main: the destination says that it failed ({event.value})")
             case Shut() if not self.finished:
                 raise RemoteProtocolError("SHUT before the end of the stream", channel="return path")

@@ -7,6 +7,7 @@ RecordWriter   pages as RAM records on main or preempt
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -15,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from virtmig.engine.image import Image
-from virtmig.engine.memory import holes_and_data, nonzero_pages
+from virtmig.engine.memory import Bytes, holes_and_data, nonzero_pages, read_block
 from virtmig.engine.transport import Buffer, Connection
+from virtmig.errors import GuestMemoryError
 from virtmig.pages import PAGE_BYTES, PageNumbers, runs_of
 from virtmig.stream.encoder import MainEncoder, PreemptEncoder
 
@@ -34,8 +36,26 @@ _MOST_RUNS = 8
 _LOOK_PAGES = 1 << 16
 
 
+def page_buffer() -> Bytes:
+    """Room for what one `PageReader.read` can want, as rows of 4096; only what is written in it takes memory."""
+    return np.empty((_HOLE_WINDOW_PAGES, PAGE_BYTES), np.uint8)
+
+
+def pieces(pages: PageNumbers) -> Iterator[PageNumbers]:
+    """So few at a time that a `page_buffer` holds them: a host page may be 2 MiB or 1 GiB."""
+    if len(pages) <= _HOLE_WINDOW_PAGES:
+        yield pages
+        return
+    for at in range(0, len(pages), WINDOW_PAGES):
+        yield pages[at : at + WINDOW_PAGES]
+
+
 class PageReader:
-    """An image's pages by number. Holes of its files are zero without being read (a read would fill the page cache)."""
+    """An image's pages by number. Holes of its files are zero without being read (a read would fill the page cache).
+
+    `read` takes them from the file: one that was cut off, or cannot be read, is an error then. `split` and `data` look
+    at the mapping, where that is a SIGBUS: for memory whose files nobody else has.
+    """
 
     def __init__(self, image: Image) -> None:
         self._memory = image.memory
@@ -47,12 +67,15 @@ class PageReader:
     def refresh(self) -> None:
         """Look for holes anew: for memory that changes, once a pass and after its pages were taken from the tracker.
 
-        What is written into a hole from now on is in the next pass.
+        What is written into a hole from now on is in the next pass. Raises GuestMemoryError for a file that was cut.
         """
         for name, block in self._memory.blocks.items():
             held = np.zeros(block.length // PAGE_BYTES, np.bool_)
             for start, end in holes_and_data(block.fd, block.length):
                 held[start // PAGE_BYTES : -(-end // PAGE_BYTES)] = True
+            size = os.fstat(block.fd).st_size
+            if size < block.length:  # what is behind the end of a file looks like a hole
+                raise _unreadable(name, f"it ends at {size:#x}")
             self._known[name] = held
 
     def held(self, name: str) -> npt.NDArray[np.bool_]:
@@ -68,6 +91,35 @@ class PageReader:
         count = int(held.argmax()) or (WINDOW_PAGES if held[0] else len(held))
         unit = self.units[name]
         return min(-(-count // unit) * unit, len(everything) - first)
+
+    def read(
+        self, name: str, pages: PageNumbers, buffer: Bytes, *, whole: bool = False
+    ) -> tuple[PageNumbers, PageNumbers, memoryview]:
+        """(with contents, zero, the contents one behind the other) of ascending `pages`, at most a buffer's worth.
+
+        The contents lie in `buffer`, or in a copy of its parts. `whole`: all of these pages hold something, or none.
+        Raises GuestMemoryError that names the block and the place.
+        """
+        holds = self.held(name)[pages]
+        if not holds.any():
+            return pages[:0], pages, memoryview(b"")
+        some = pages if whole else pages[holds]
+        rows = buffer[: len(some)]
+        fd, at = self._memory.block(name).fd, 0
+        for first, count in runs_of(some):
+            try:
+                read_block(fd, first * PAGE_BYTES, rows[at : at + count].reshape(-1).data)
+            except GuestMemoryError as error:
+                raise _unreadable(name, str(error)) from None
+            at += count
+        full = nonzero_pages(rows.reshape(-1))
+        if whole and full.any():
+            full[:] = True
+        if whole:
+            holds[:] = full
+        else:
+            holds[holds] = full
+        return pages[holds], pages[~holds], (rows if full.all() else rows[full]).reshape(-1).data
 
     def split(self, name: str, pages: PageNumbers) -> tuple[PageNumbers, PageNumbers]:
         """(with contents, zero) of ascending `pages` that lie close together."""
@@ -95,6 +147,12 @@ class PageReader:
     def block(self, name: str) -> memoryview:
         """All of a block."""
         return self._memory.block(name).bytes.data
+
+
+def _unreadable(name: str, words: str) -> GuestMemoryError:
+    return GuestMemoryError(
+        f"RAM block '{name}' cannot be sent: {words}", hint="its file was changed while it was sent, or is damaged"
+    )
 
 
 class Remaining:
@@ -167,12 +225,13 @@ class RecordWriter:
         self.encoder = encoder
         self.normal = self.zero = 0
         self._reader = reader
+        self._buffer = page_buffer()
 
     def write(self, name: str, pages: PageNumbers) -> None:
         """Bare records, or a whole PART section on main."""
         # ram_load_postcopy gathers a host page from its target pages in ascending order, whatever they hold
         whole = self._reader.units[name] > 1
-        for piece in self._pieces(pages):
+        for piece in pieces(pages):
             begin = self.encoder.ram_part() if isinstance(self.encoder, MainEncoder) else b""
             records = self._records(name, piece, whole)
             if isinstance(self.encoder, MainEncoder):
@@ -181,7 +240,7 @@ class RecordWriter:
                 self.connection.send(*records)
 
     def write_records(self, name: str, pages: PageNumbers) -> None:
-        """Records inside a section of main that is open."""
+        """Records inside a section of main that is open; at most a `page_buffer` of them."""
         self.connection.send(*self._records(name, pages, False))
 
     def zero_pages(self, name: str, pages: PageNumbers) -> None:
@@ -190,23 +249,13 @@ class RecordWriter:
             self.zero += len(pages)
             self.connection.send(self.encoder.zero_pages(name, pages))
 
-    @staticmethod
-    def _pieces(pages: PageNumbers) -> Iterator[PageNumbers]:
-        if len(pages) <= _HOLE_WINDOW_PAGES:
-            yield pages
-            return
-        for at in range(0, len(pages), WINDOW_PAGES):  # a host page of 2 MiB or 1 GiB
-            yield pages[at : at + WINDOW_PAGES]
-
     def _records(self, name: str, pages: PageNumbers, whole: bool) -> list[Buffer]:
-        normal, zero = self._reader.split(name, pages)
-        if whole and len(normal):
-            normal, zero = pages, zero[:0]
+        normal, zero, data = self._reader.read(name, pages, self._buffer, whole=whole)
         self.normal += len(normal)
         self.zero += len(zero)
         records: list[Buffer] = []
         if len(normal):
-            records.append(self.encoder.pages(name, normal, self._reader.data(name, normal)))
+            records.append(self.encoder.pages(name, normal, data))
         if len(zero):
             records.append(self.encoder.zero_pages(name, zero))
         return records

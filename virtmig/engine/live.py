@@ -148,8 +148,7 @@ class _Live(Outgoing):
         except MigrationError as error:
             if not self._listening and not self._answers.arrived:
                 self._take_back()
-                error.guest = Whereabouts.SOURCE
-                error.hint = "the guest runs on the source as before"
+                self._judged(error)
             raise
         finally:
             with contextlib.suppress(GuestMemoryError):  # it may be the guest that has ended
@@ -165,8 +164,19 @@ class _Live(Outgoing):
     def _start_lazily(self) -> None:
         self._move()
 
-    def _sync_each_section(self) -> bool:
+    def _sync_each_section(self) -> bool | None:
         return False
+
+    def _wait_listed(self) -> None:
+        """It makes a process for the guest then: the first pass goes out meanwhile."""
+
+    def _judged(self, error: MigrationError) -> MigrationError:
+        """Before SHUT 0 the destination waits for GIVEN_UP: nothing is unknown."""
+        if self._listening or self._answers.arrived:
+            return super()._judged(error)
+        error.guest = Whereabouts.SOURCE
+        error.hint = "the guest runs on the source as before"
+        return error
 
     def _serve(self) -> None:
         if self._listening:

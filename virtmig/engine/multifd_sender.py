@@ -6,21 +6,35 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-from virtmig.engine.lazy import PageReader
+from virtmig.engine.lazy import PageReader, page_buffer
+from virtmig.engine.memory import Bytes
 from virtmig.engine.transport import Connection, Stop
 from virtmig.pages import PAGE_BYTES, PageNumbers
 from virtmig.stream.multifd_encoder import MultifdEncoder
 from virtmig.stream.wire import Dialect
 
-#: pieces that wait for a channel; they name pages and hold none
+#: pieces that wait for a channel
 _MOST_WAITING = 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Piece:
+    """`data` None: the pages are sent from the memory that is mapped."""
+
+    name: str
+    pages: PageNumbers
+    data: memoryview | None
+    buffer: Bytes | None
 
 
 class MultifdSender:
     """`put` waits while every channel is busy. Between `sync` calls the channels' order is free.
+
+    What is read from a file is read once, into a buffer that goes with the pages and comes back when they are sent.
 
     The threads end with `close`, or by the stop.
     """
@@ -38,7 +52,8 @@ class MultifdSender:
         self._reader = reader
         self._stop = stop
         self._changed = threading.Condition()
-        self._work: deque[tuple[str, PageNumbers]] = deque()
+        self._work: deque[_Piece] = deque()
+        self._free = [page_buffer() for _ in range(count + _MOST_WAITING + 1)]
         self._busy = 0
         self._closed = False
         self._forget = stop.on_request(self._wake)
@@ -48,15 +63,30 @@ class MultifdSender:
         for connection, encoder in zip(self.connections, self.encoders, strict=True):
             start(connection.name, lambda c=connection, e=encoder: self._send(c, e))  # type: ignore[misc]
 
+    def read(self, name: str, pages: PageNumbers) -> PageNumbers:
+        """Read ascending `pages` and `put` those with contents; returns the zero ones. At most a `page_buffer`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._over or bool(self._free))
+            self._stop.check()
+            buffer = self._free.pop()
+        normal, zero, data = self._reader.read(name, pages, buffer)
+        if len(normal):
+            self._put(_Piece(name, normal, data, buffer))
+        else:
+            self._free.append(buffer)  # nobody but this thread waits for one
+        return zero
+
     def put(self, name: str, pages: PageNumbers) -> None:
-        """Pages with contents of one block, for whichever channel is free first."""
-        if not len(pages):
-            return
+        """Pages with contents of one block, for whichever channel is free first; from the memory that is mapped."""
+        if len(pages):
+            self._put(_Piece(name, pages, None, None))
+
+    def _put(self, piece: _Piece) -> None:
         with self._changed:
             self._changed.wait_for(lambda: self._over or len(self._work) < _MOST_WAITING)
             self._stop.check()
-            self._work.append((name, pages))
-            self.normal += len(pages)
+            self._work.append(piece)
+            self.normal += len(piece.pages)
             self._changed.notify_all()
 
     def sync(self) -> None:
@@ -82,18 +112,22 @@ class MultifdSender:
             self._changed.notify_all()
 
     def _send(self, connection: Connection, encoder: MultifdEncoder) -> None:
-        memory: dict[str, memoryview] = {}
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._over or bool(self._work))
                 if self._over:
                     return
-                name, pages = self._work.popleft()
+                piece = self._work.popleft()
                 self._busy += 1
                 self._changed.notify_all()
-            if name not in memory:
-                memory[name] = self._reader.block(name)
-            connection.send(*encoder.pages_of_memory(name, pages * np.uint64(PAGE_BYTES), memory[name]))
+            offsets = piece.pages * np.uint64(PAGE_BYTES)
+            if piece.data is None:
+                packets = encoder.pages_of_memory(piece.name, offsets, self._reader.block(piece.name))
+            else:
+                packets = encoder.pages(piece.name, offsets, piece.data)
+            connection.send(*packets)
             with self._changed:  # after a failure it stays busy: `sync` must not pass before the stop is asked for
                 self._busy -= 1
+                if piece.buffer is not None:
+                    self._free.append(piece.buffer)
                 self._changed.notify_all()
