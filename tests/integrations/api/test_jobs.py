@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -39,11 +40,9 @@ def jobs(tmp_path: Path) -> Iterator[Jobs]:
     made = Jobs(tmp_path / "records", command=("/bin/sh", "-c", script))
     yield made
     for job in made.all():
-        if job.pid:
-            try:
-                os.killpg(job.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        started = eventually(lambda job=job: (now := made.now(job)).pid and now, "its pid, written as it starts")
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
 
 
 def until_up(jobs: Jobs, job: Job) -> Job:
