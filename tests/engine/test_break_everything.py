@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from tests.engine.test_live import POSTCOPY_AT_ONCE, SWITCH_AT_ONCE, There, arrived
+from virtmig.engine.channels import Arrivals
 from virtmig.engine.dirty import tracking_available
 from virtmig.engine.guest_walk import GuestSettings
+from virtmig.engine.incoming import Incoming
 from virtmig.engine.live import migrate_guest, recover_guest
 from virtmig.engine.outgoing import SendSettings
 from virtmig.engine.process_guest import ProcessGuest
@@ -155,6 +157,31 @@ def test_every_ioctl_of_postcopy(monkeypatch: pytest.MonkeyPatch, nothing_left: 
 
 def test_postcopy_paused_on_purpose_and_gone_on_with(nothing_left: None) -> None:
     """A stop in postcopy is a pause: the guest is split, and a recovery brings the rest."""
+    pause_and_go_on()
+
+
+def test_a_recovery_ahead_of_the_news_of_the_end(monkeypatch: pytest.MonkeyPatch, nothing_left: None) -> None:
+    """The destination still reads what came over the broken connection when the next one is here."""
+    early = threading.Event()
+    may_recover, broken = Arrivals._may_recover, Incoming._broken
+
+    def noticing(self: Arrivals, *words: Any) -> bool:
+        answer = may_recover(self, *words)
+        if answer:
+            early.set()
+        return answer
+
+    def late(self: Incoming, *words: Any) -> None:
+        early.wait(30)
+        broken(self, *words)
+
+    monkeypatch.setattr(Arrivals, "_may_recover", noticing)
+    monkeypatch.setattr(Incoming, "_broken", late)
+    pause_and_go_on()
+    assert early.is_set()
+
+
+def pause_and_go_on() -> None:
     stop = Stop()
 
     def pause(progress: Any) -> None:

@@ -18,12 +18,14 @@ from dataclasses import dataclass, replace
 from virtmig.engine.transport import Listener, Stop
 from virtmig.errors import ChannelError, MigrationError
 from virtmig.stream.channel import Expected, Identity, NeedMoreBytes, Role, identify, missing
-from virtmig.stream.wire import MULTIFD_INIT_BYTES, MULTIFD_MAGIC
+from virtmig.stream.wire import MULTIFD_INIT_BYTES, MULTIFD_MAGIC, Item
 
 #: how long a connection may be silent before it is taken for one that stays silent (an early preempt channel)
 QUIET_S = 1.0
 #: how long after main the source's own multifd channels may still come in
 BEGINNING_S = 5.0
+#: how long a source that recovers may be ahead of the news that its old connection has ended
+EARLY_RECOVERY_S = 5.0
 #: connections that nobody can name yet; beyond that the newest is turned away
 MOST_PENDING = 300
 
@@ -137,6 +139,8 @@ class Arrivals:
                 try:
                     named = identify(self._expected, self._present, each.seen, silent=self._silent(each, now))
                 except ChannelError as error:
+                    if self._may_recover(each, now):
+                        continue
                     reason = str(error)
                     named = None
                 if isinstance(named, NeedMoreBytes):
@@ -163,6 +167,11 @@ class Arrivals:
     def _silent(self, each: _Pending, now: float) -> bool:
         """A silent connection is judged only when main is here: before that it may still speak."""
         return any(known.role is Role.MAIN for known in self._present) and now - each.arrived > QUIET_S
+
+    def _may_recover(self, each: _Pending, now: float) -> bool:
+        """Whether it may be a recovery's main, while the channel's thread reads what came before the old one's end."""
+        expected, early = self._expected, now - each.arrived < EARLY_RECOVERY_S
+        return early and expected.postcopy and not expected.recovery and each.seen[:1] == bytes([Item.COMMAND])
 
     def _beginning(self, now: float) -> bool:
         """Whether a multifd channel too many may be the source's: later, or in a recovery, it is a stranger's."""
