@@ -170,7 +170,9 @@ class _Run:
             return self._conclude()
         finally:
             self.job.close()
-            if self.relay is not None and not self.detached:
+            if self.relay is not None and self.split:
+                self.relay.session.leave()
+            elif self.relay is not None and not self.detached:
                 self.relay.session.close()
 
     def _shake_hands(self) -> Relay:
@@ -194,6 +196,7 @@ class _Run:
     # -- watching --------------------------------------------------------------------------------------------------
 
     detached = False
+    split = False
     gave_up = ""
 
     def _turn(self) -> None:
@@ -278,12 +281,19 @@ class _Run:
                 hint = self.fence.remove_held_copy()
         source, destination = self._ask_until_settled()
         place = judge(source, destination, call_succeeded=self.job.finished and error is None)
+        self.split = place is Whereabouts.SPLIT
         if self.fence is not None and place is Whereabouts.UNKNOWN and source.presence is Presence.RUNNING:
             place = Whereabouts.SOURCE  # a copy held by the fence cannot have started by itself
+        if place is Whereabouts.UNKNOWN and source.presence is Presence.RUNNING and self._never_handed_over():
+            place = Whereabouts.SOURCE
         if place is Whereabouts.SOURCE and self.previous_downtime_ms is not None:
             with contextlib.suppress(VirtError):
                 self.job.set_downtime_limit(self.previous_downtime_ms)
         return self._outcome(self._status(place), source, destination, place=place, error=error, hint=hint)
+
+    def _never_handed_over(self) -> bool:
+        """The agents have held back the word that lets a destination start: its silence leaves nothing open."""
+        return self.relay is not None and self.relay.session.kept_by_source(SETTLE_S)
 
     def _open_fence(self) -> None:
         assert self.fence is not None

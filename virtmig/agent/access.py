@@ -3,6 +3,7 @@
 tls    the names in its certificate, checked against our CA (certificates.py)
 key    it proved the pre-shared key in the handshake (link/proofs.py); there are no names
 unix   the user and groups of the process at the other end, by the kernel's word; also the caller of --stdio
+ssh    a host that this host has dialled by ssh, which has checked its key (known_hosts)
 plain  nothing was proved, which the owner of this host has allowed
 """
 
@@ -43,8 +44,8 @@ _KEY_FILE_LONGEST_BYTES = 4096
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """Who is at the other end of a connection. Equal for all connections of one peer, whatever port they come from."""
 
-    kind: Literal["tls", "key", "unix", "plain"]
-    names: tuple[str, ...] = ()  # tls: of the certificate, host names first; unix: the user's name
+    kind: Literal["tls", "key", "unix", "ssh", "plain"]
+    names: tuple[str, ...] = ()  # tls: of the certificate, host names first; unix: the user's name; ssh: [USER@]HOST
     uid: int | None = None
     gids: tuple[int, ...] = ()
 
@@ -55,6 +56,8 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
             return self.names[0] if self.names else "a certificate without a name"
         if self.kind == "unix":
             return f"user {self.names[0]} (uid {self.uid})" if self.names else f"uid {self.uid}"
+        if self.kind == "ssh":
+            return f"ssh {self.names[0]}"
         return "a holder of the pre-shared key" if self.kind == "key" else "an unproven peer"
 
     @property
@@ -103,9 +106,13 @@ class AllowList:
         self._rows = tuple(rows)
         self._own_uid = os.geteuid() if own_uid is None else own_uid
 
+    def owns(self, identity: Identity) -> bool:
+        """Whether that is root or the agent's own user on a unix socket: who may do everything here anyway."""
+        return identity.kind == "unix" and identity.uid in (0, self._own_uid)
+
     def rights(self, identity: Identity) -> frozenset[Right]:
         """Those of all rows that fit."""
-        if identity.kind == "unix" and identity.uid in (0, self._own_uid):
+        if self.owns(identity):
             return ALL_RIGHTS
         return frozenset(right for row in self._rows if _fits(row, identity) for right in row.rights)
 
@@ -117,7 +124,7 @@ class AllowList:
         has = f"it has {', '.join(sorted(rights))}" if rights else "it has no rights here"
         raise ChannelError(
             f"{identity.label} may not {_RIGHT_WORDS[right]}: the right {right!r} is missing, {has}",
-            hint=f"in agent.toml of this host, allow: {_row_for(identity, right)}",
+            hint=f"in agent.toml of this host ({socket.gethostname()}): {row_for(identity, right)}",
         )
 
 
@@ -130,20 +137,25 @@ def _fits(row: AllowRow, identity: Identity) -> bool:
         case "user":
             return identity.kind == "unix" and (row.pattern in identity.names or row.pattern == str(identity.uid))
         case "group":
-            return identity.kind == "unix" and _group_id(row.pattern) in identity.gids
+            return identity.kind == "unix" and group_id(row.pattern) in identity.gids
+        case "ssh":
+            host = identity.names[0].rpartition("@")[2] if identity.kind == "ssh" else ""
+            return bool(host) and any(fnmatch.fnmatchcase(name, row.pattern) for name in (host, *identity.names))
     return identity.kind == row.kind
 
 
-def _row_for(identity: Identity, right: Right) -> str:
+def row_for(identity: Identity, right: Right) -> str:
+    """The row of `allow` that would give it, in one line of TOML."""
     peer: str = identity.kind
-    if identity.kind == "tls":
-        peer = f"tls:{identity.names[0] if identity.names else '*'}"
+    if identity.kind in ("tls", "ssh"):
+        peer = f"{identity.kind}:{identity.names[0] if identity.names else '*'}"
     elif identity.kind == "unix":
         peer = f"user:{identity.names[0] if identity.names else identity.uid}"
-    return f'[[allow]] peer = "{peer}" rights = ["{right}"]'
+    return f'allow = [{{ peer = "{peer}", rights = ["{right}"] }}]'
 
 
-def _group_id(name: str) -> int | None:
+def group_id(name: str) -> int | None:
+    """Of a name or a number; None where there is no such group."""
     with contextlib.suppress(KeyError):
         return grp.getgrnam(name).gr_gid
     return int(name) if name.isdecimal() else None
@@ -219,7 +231,7 @@ def qemu_user(section: QemuSection, *, libvirt_uid: int | None = None) -> QemuUs
         uid, evidence = _user_id(section.user), "qemu.user of agent.toml"
         if uid is None:
             raise RequestError(f"qemu.user: this host has no user {section.user}", option="qemu.user")
-    gid = _group_id(section.group) if section.group else None
+    gid = group_id(section.group) if section.group else None
     if section.group and gid is None:
         raise RequestError(f"qemu.group: this host has no group {section.group}", option="qemu.group")
     if gid is None and uid is not None:
@@ -279,3 +291,59 @@ def _give_to_group(what: int | Path, status: os.stat_result, user: QemuUser) -> 
         os.chown(what, -1, user.gid)
     elif user.gid is None and user.uid is not None and user.uid != status.st_uid:
         os.chown(what, user.uid, -1)
+
+
+# -- who comes to those sockets -------------------------------------------------------------------------------------
+
+#: a socket's state in /proc/net/tcp: TCP_LISTEN of include/net/tcp_states.h
+_LISTENS = "0A"
+
+
+def check_qemu(connection: socket.socket, user: QemuUser) -> None:
+    """Raises ChannelError when the process at the other end, on this host, is not QEMU's user, root or our own.
+
+    The folder's group may have other members (on Debian QEMU's group is kvm), and loopback is open to everybody. Where
+    QEMU's user is not known, nothing can be said.
+    """
+    if user.uid is None:
+        return
+    owner = local_owner(connection)
+    if owner not in (user.uid, 0, os.geteuid()):
+        whose = "nobody can say who" if owner is None else f"uid {owner}"
+        raise ChannelError(
+            f"not QEMU at the other end: {whose}, and QEMU's user is uid {user.uid} ({user.evidence})",
+            hint="qemu.user in agent.toml, if QEMU runs as somebody else",
+        )
+
+
+def local_owner(connection: socket.socket) -> int | None:
+    """The uid of the process at the other end, or of whoever listens there; None when it cannot be found."""
+    if connection.family == socket.AF_UNIX:
+        return unix_identity(connection).uid
+    try:
+        ours, theirs = connection.getsockname()[:2], connection.getpeername()[:2]
+        rows = [*_tcp_rows("/proc/net/tcp"), *_tcp_rows("/proc/net/tcp6")]
+    except OSError:
+        return None
+    # what a listener has not accepted yet has no owner of its own (net/ipv4/tcp_ipv4.c, get_tcp4_sock)
+    for wanted in (theirs, ("0.0.0.0", theirs[1]), ("::", theirs[1])):
+        for local, _, state, uid in rows:
+            if state == _LISTENS and local == wanted:
+                return uid
+    return next((uid for local, remote, state, uid in rows if (local, remote) == (theirs, ours)), None)
+
+
+def _tcp_rows(path: str) -> list[tuple[tuple[str, int], tuple[str, int], str, int]]:
+    """(local address, remote address, state, uid) of every TCP socket in this network (proc(5))."""
+    with open(path, encoding="ascii") as file:
+        rows = [line.split() for line in file.readlines()[1:]]
+    return [(_tcp_address(row[1]), _tcp_address(row[2]), row[3], int(row[7])) for row in rows]
+
+
+def _tcp_address(text: str) -> tuple[str, int]:
+    """`0100007F:1F90`: words in the host's byte order, the port as a number; a mapped IPv4 address as IPv4."""
+    words, _, port = text.partition(":")
+    raw = b"".join(struct.pack("=I", int(words[at : at + 8], 16)) for at in range(0, len(words), 8))
+    if len(raw) == 16 and raw.startswith(bytes(10) + b"\xff\xff"):
+        raw = raw[12:]
+    return socket.inet_ntop(socket.AF_INET if len(raw) == 4 else socket.AF_INET6, raw), int(port, 16)

@@ -203,6 +203,8 @@ def _load(context: ssl.SSLContext, files: TlsFiles, role: Role) -> ssl.SSLContex
         else:
             words, hint = f"{certificate} and {key}: not a certificate and its key in PEM ({error.reason})", ""
         raise RequestError(words, option="tls", hint=hint) from error
+    except OSError as error:  # it was there a moment ago
+        raise RequestError(f"{certificate}, {key}: {error.strerror}", option="tls") from error
     return context
 
 
@@ -211,6 +213,8 @@ def _load_authority(context: ssl.SSLContext, path: str) -> None:
         context.load_verify_locations(path)
     except ssl.SSLError as error:
         raise RequestError(f"{path}: nothing in PEM that can be trusted ({error.reason})", option="tls") from error
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror}", option="tls") from error
 
 
 def _check_readable(path: str) -> None:

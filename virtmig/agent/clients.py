@@ -6,20 +6,24 @@ import contextlib
 import select
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from virtmig.agent.access import Identity
+from virtmig.agent.journal import Entry
 from virtmig.agent.logs import get_logger
 from virtmig.agent.meeting import Shape, SourcePlaces, dialect_of
-from virtmig.agent.responding import reasons_of
+from virtmig.agent.peers import SSH_HELLO_S, SshLine
+from virtmig.agent.responding import end_older, reasons_of
 from virtmig.agent.session import Session
 from virtmig.engine.lines import Line
 from virtmig.engine.transport import Stop
-from virtmig.errors import ChannelError, MigrationError, PlanRefused
+from virtmig.errors import ChannelError, MigrationError, PlanRefused, RemoteProtocolError
 from virtmig.facts import Finding
 from virtmig.link.asking import (
+    HANDOVER,
     Agreed,
     Begin,
     Changed,
@@ -42,7 +46,7 @@ from virtmig.link.frames import FrameDecoder
 from virtmig.link.initiator import Initiator
 from virtmig.link.messages import Failed, Message, Ping, Pong, channel_order
 from virtmig.link.side import Over
-from virtmig.link.states import State
+from virtmig.link.states import FINAL, State
 
 if TYPE_CHECKING:
     from virtmig.agent.server import Agent
@@ -58,8 +62,12 @@ _SECRET = {"proof": None, "nonce": None, "secret": None}
 class Client:
     """One connection of a client, served in the thread that greeted it."""
 
-    def __init__(self, agent: Agent, line: Line, identity: Identity, first: bytes) -> None:
+    def __init__(
+        self, agent: Agent, line: Line, identity: Identity, first: bytes, *, greeted: Callable[[], None]
+    ) -> None:
+        """`greeted` is called when it has asked something and may."""
         self._agent = agent
+        self._greeted = greeted
         self._line = line
         self._identity = identity
         self._lines = Lines()
@@ -71,6 +79,7 @@ class Client:
         try:
             question = self._question(time.monotonic() + QUESTION_S)
             self._agent.allow.check(self._identity, "manage")
+            self._greeted()
             if isinstance(question, Facts):
                 details, facts = self._agent.facts()
                 self.say(HostSaid(facts=facts, implementation=self._agent.implementation, details=details))
@@ -99,8 +108,8 @@ class Client:
 
     def _question(self, deadline: float) -> Any:
         while not self._waiting:
-            if not self._read(max(0.0, deadline - time.monotonic())) and time.monotonic() >= deadline:
-                raise ChannelError("a client that asks nothing")
+            if not self._read(max(0.0, deadline - time.monotonic())) or time.monotonic() >= deadline:
+                raise ChannelError(f"a client that asks nothing within {QUESTION_S:g} s")
             if self._gone:
                 raise ChannelError("the client has gone")
         return decode_asked(self._waiting.pop(0))
@@ -122,6 +131,8 @@ class Client:
 
     def _begin(self, question: Begin) -> None:
         agent, request = self._agent, question.request
+        if agent.stopping.is_set():
+            raise ChannelError("the agent is being stopped", hint="try again in a moment")
         with contextlib.ExitStack() as stack:
             stack.enter_context(agent.limits.migration("out"))
             addresses = tuple(part.strip() for part in question.destination.split(",") if part.strip())
@@ -142,11 +153,12 @@ class Client:
                     line.close()
                     raise
             following = _Following(agent, self, question, peer)
+            hello_s = SSH_HELLO_S if isinstance(line, SshLine) else None
             side = Initiator(
-                agent.terms(facts), line, time.monotonic(), request=request, guest=question.guest,
+                agent.terms(facts, hello_s=hello_s), line, time.monotonic(), request=request, guest=question.guest,
                 fixed=question.fixed, attachments=places.offers if places else (), peer=peer,
             )  # fmt: skip
-            dial = agent.peers.dialler(addresses, agent.config.deadlines.reconnect_s)
+            dial = agent.peers.dialler(addresses, agent.config.deadlines.reconnect_s, asked_by=self._identity)
             session = Session(
                 side,
                 line,
@@ -158,6 +170,8 @@ class Client:
             )
             if places is not None:
                 session.meet_source(places)
+            if request.get("postcopy-resume"):
+                end_older(agent.sessions(), session, question.guest)
             agent.add(session, peer)
             session.start(lambda: side.begin(time.monotonic()))
             self._follow(session)
@@ -166,25 +180,32 @@ class Client:
         problems = []
         for address in addresses:
             try:
-                return self._agent.peers.dial(address)
+                line, identity = self._agent.peers.dial(address, asked_by=self._identity)
+                return line, identity.label
             except ChannelError as error:
                 problems.append(error)
         raise problems[0] if len(problems) == 1 else ChannelError("; ".join(error.message for error in problems))
 
     def _follow(self, session: Session) -> None:
         """Until it is over. A client that goes before anything has moved takes its session along."""
-        while not session.ended.wait(0):
+        while not session.over.is_set():
             if self._gone:
                 if not session.running:
                     session.fail("the client has gone before anything was sent", guest="source")
-                session.ended.wait(0.5)
+                session.over.wait(0.5)
                 continue
             try:
                 self._read(0.2)
             except MigrationError:
                 self._gone = True
             while self._waiting:
-                asked = decode_asked(self._waiting.pop(0))
+                try:
+                    asked = decode_asked(self._waiting.pop(0))
+                except RemoteProtocolError as error:  # as if it had gone; the session has its place until it is over
+                    self.say(Problem(text=error.message, kind=type(error).__name__))
+                    self._gone = True
+                    self._waiting.clear()
+                    break
                 if isinstance(asked, GiveUp):
                     session.fail(asked.reason or "given up", guest=asked.guest)
 
@@ -202,7 +223,7 @@ class _Following:
         self._question = question
         self._log = log.bind(peer=peer, role="source", domain=question.guest.name)
         self._began = time.monotonic()
-        self._record: SessionRecord | None = None
+        self._entry: Entry | None = None
         self._flights = 0
         self._ours_last = False
 
@@ -219,20 +240,24 @@ class _Following:
         self._client.say(Exchanged(source=here, name=type(message).__name__, ms=self._ms(), content=content))
 
     def changed(self, session: Session, state: State, words: str) -> None:
-        level = self._log.warning if state is State.RECONNECTING else self._log.info
-        level(str(state), **({"detail": words} if words else {}))
+        if state not in FINAL:  # `over` says those
+            level = self._log.warning if state is State.RECONNECTING else self._log.info
+            level(str(state), **({"detail": words} if words else {}))
         if state is State.ESTABLISHED:
             self._established(session)
-        elif state is not State.OPENING or self._record:
+        elif state is not State.OPENING or self._entry:
             self._client.say(Changed(state=str(state), words=words))
-        self._write(state, ())
+        self._note(str(state))
+
+    def handover(self, session: Session) -> str:
+        return self._note(HANDOVER)
 
     def _established(self, session: Session) -> None:
         side, question = session.side, self._question
         assert side.answer is not None
         assert side.peer_hello is not None
         answer = side.answer
-        self._record = SessionRecord(
+        record = SessionRecord(
             session=side.session.hex(),
             role="source",
             domain=question.guest.name,
@@ -243,6 +268,8 @@ class _Following:
             source_uri=question.facts.uri if question.facts else "",
             began=time.time(),
         )
+        if not question.only_handshake:
+            self._entry = Entry(self._agent.journal, record)
         if answer.attachment is not None:
             source_version = question.guest.qemu_version or side.terms.facts.qemu_version
             shape = Shape(
@@ -264,20 +291,16 @@ class _Following:
         reasons = tuple(row.reason for row in over.reasons)
         level = self._log.info if over.state is State.FINISHED else self._log.warning
         level("over", state=str(over.state), reasons=list(reasons), **session.facts())
-        self._write(over.state, reasons)
+        self._note(str(over.state), reasons)
         if over.state is State.REFUSED:
             self._client.say(Refused(reasons=over.reasons))
         else:
-            self._client.say(Ended(state=str(over.state), reasons=over.reasons, guest=over.guest))
+            kept = over.guest == "unknown" and self._entry is not None and self._entry.source_keeps
+            guest = "source" if kept else over.guest
+            self._client.say(Ended(state=str(over.state), reasons=over.reasons, guest=guest))
 
     def _ms(self) -> float:
         return round((time.monotonic() - self._began) * 1000, 2)
 
-    def _write(self, state: State, reasons: tuple[str, ...]) -> None:
-        if self._record is None or self._question.only_handshake:
-            return
-        if state is State.FINISHED:
-            self._agent.journal.remove(self._record.session)
-            return
-        self._record = msgspec.structs.replace(self._record, state=str(state), reasons=reasons)
-        self._agent.journal.write(self._record)
+    def _note(self, state: str, reasons: tuple[str, ...] = ()) -> str:
+        return self._entry.note(state, reasons) if self._entry is not None else ""

@@ -32,7 +32,7 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=10_000)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
 #: a folder's or socket's rights as chmod takes them, e.g. "0660"; nothing for others, except on the clients' socket
 Mode = Annotated[str, msgspec.Meta(pattern=r"^0[0-7]{3}$")]
-PEER_KINDS = ("tls", "user", "group", "key", "plain")
+PEER_KINDS = ("tls", "user", "group", "ssh", "key", "plain")
 
 
 class Address(msgspec.Struct, frozen=True):
@@ -74,7 +74,8 @@ class AllowRow(Section, frozen=True, kw_only=True):
     """Who may do what. A peer has the rights of all rows that fit it.
 
     `peer` is `tls:PATTERN` (a name in its certificate; `*` stands for anything, dots too), `user:NAME` or `group:NAME`
-    (of the process on a unix socket; names or numbers), `key` (proved the pre-shared key) or `plain` (nothing proved).
+    (of the process on a unix socket; names or numbers), `ssh:PATTERN` (a host dialled by ssh, for clients other than
+    root and the agent's own user), `key` (proved the pre-shared key) or `plain` (nothing proved).
     `send`: bring guests to this host. `receive`: be given guests of this host. `manage`: the agent's own verbs.
     """
 
@@ -84,7 +85,8 @@ class AllowRow(Section, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         kind, _, name = self.peer.partition(":")
         if kind not in PEER_KINDS or (kind in ("key", "plain")) == bool(name):
-            raise ValueError(f"peer = {self.peer!r}: it is tls:PATTERN, user:NAME, group:NAME, key or plain")
+            kinds = "tls:PATTERN, user:NAME, group:NAME, ssh:PATTERN, key or plain"
+            raise ValueError(f"peer = {self.peer!r}: it is {kinds}")
 
     @property
     def kind(self) -> str:

@@ -1,7 +1,8 @@
 """This host, looked at by its own agent: what it is and can do, each thing with its evidence, nothing guessed.
 
 The kernel's files, limits and links are read, each QEMU binary is asked (qmp.py), libvirt is asked if it is there.
-Nothing here raises, and nothing waits longer than `deadlines.probe_s`: what could not be had stands in `unanswered`.
+Nothing here raises, and nothing waits longer than `deadlines.probe_s`, or than whoever asks: what could not be had in
+time stands in `unanswered`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import msgspec
 from virtmig.agent.access import QemuUser, qemu_user
 from virtmig.agent.certificates import tls_finding
 from virtmig.agent.config import AgentConfig
+from virtmig.agent.kept import Kept
 from virtmig.agent.qmp import EmulatorFacts, ask_emulator
 from virtmig.engine.agents import runs_as_system
 from virtmig.errors import ChannelError, RequestError, VirtError
@@ -42,6 +44,10 @@ _GRANTED_SINCE = version(10, 1)
 _ASKED_AT_ONCE = 4
 #: a binary that did not answer is left alone that long: each try may cost the whole deadline
 FAILURE_KEPT_S = 300.0
+#: what emulators and libvirt have said is asked again after so long
+FACTS_KEPT_S = 30.0
+#: for one guest libvirt is asked anew; so many of these questions may be without an answer at once
+MOST_QUESTIONS = 8
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,17 +101,26 @@ class Discovery:
         self._lock = threading.Lock()
         self._known: dict[tuple[str, int, int], EmulatorFacts] = {}
         self._failed: dict[tuple[str, int, int], tuple[float, str]] = {}
+        self._questions = threading.BoundedSemaphore(MOST_QUESTIONS)
+        self._emulators = Kept("virtmig-emulators", self._ask_emulators, kept_s=FACTS_KEPT_S, clock=clock)
+        self._libvirt = Kept("virtmig-libvirt", lambda: _ask_libvirt(config, None), kept_s=FACTS_KEPT_S, clock=clock)
 
-    def look(self, guest: GuestFacts | None = None) -> tuple[AgentFacts, HostFacts]:
-        """Everything, now: (what the agent saw, the same merged with libvirt's word for plan and handshake).
+    def look(self, guest: GuestFacts | None = None, *, within_s: float | None = None) -> tuple[AgentFacts, HostFacts]:
+        """What is known: (what the agent saw, the same merged with libvirt's word for plan and handshake).
 
         With `guest`, the host's facts speak of the emulator that would run it, and libvirt says whether it could.
+        After `within_s` it is answered with what is known until then, and said what is not.
         """
         unanswered: list[str] = []
-        emulators = self.emulators(unanswered)
-        libvirt, how = _ask_libvirt(self._config, guest)
-        if libvirt is None:
-            unanswered.append(f"libvirt: {how}")
+        waiting = self._begin_asking(guest)
+        answer, late = self._emulators.get(within_s)
+        emulators, problems = answer if answer is not None else (self._known_emulators(), ())
+        unanswered += problems
+        if late:
+            unanswered.append(f"QEMU: {late}")
+        (libvirt, how), late = self._libvirts_word(waiting, within_s)
+        if libvirt is None or late:
+            unanswered.append(f"libvirt: {late or how}")
         try:
             user = qemu_user(self._config.qemu, libvirt_uid=libvirt.qemu_uid if libvirt else None)
         except RequestError as error:
@@ -129,9 +144,43 @@ class Discovery:
         )
         return facts, _merge(self._config, facts, libvirt, chosen)
 
-    def host_facts(self, guest: GuestFacts | None = None) -> HostFacts:
+    def host_facts(self, guest: GuestFacts | None = None, *, within_s: float | None = None) -> HostFacts:
         """For the handshake."""
-        return self.look(guest)[1]
+        return self.look(guest, within_s=within_s)[1]
+
+    def _begin_asking(self, guest: GuestFacts | None) -> Kept[tuple[HostFacts | None, str]]:
+        """libvirt is asked while the emulators are: about itself, or about that guest too."""
+        if guest is None:
+            self._libvirt.get(0)
+            return self._libvirt
+        if not self._questions.acquire(blocking=False):
+            return Kept("virtmig-libvirt", lambda: (None, f"{MOST_QUESTIONS} questions wait for it"), kept_s=0.0)
+
+        def ask() -> tuple[HostFacts | None, str]:
+            try:
+                return _ask_libvirt(self._config, guest)
+            finally:
+                self._questions.release()
+
+        question = Kept("virtmig-libvirt", ask, kept_s=math.inf, clock=self._clock)
+        question.get(0)
+        return question
+
+    def _libvirts_word(
+        self, question: Kept[tuple[HostFacts | None, str]], within_s: float | None
+    ) -> tuple[tuple[HostFacts | None, str], str]:
+        answer, late = question.get(within_s)
+        if answer is None:  # not about this guest; perhaps about the host
+            answer, _ = self._libvirt.get(0)
+        return answer or (None, late), late
+
+    def _known_emulators(self) -> tuple[EmulatorFacts, ...]:
+        with self._lock:
+            return _newest_first(self._known.values())
+
+    def _ask_emulators(self) -> tuple[tuple[EmulatorFacts, ...], tuple[str, ...]]:
+        unanswered: list[str] = []
+        return self.emulators(unanswered), tuple(unanswered)
 
     def emulators(self, unanswered: list[str] | None = None) -> tuple[EmulatorFacts, ...]:
         """Every QEMU that was found and has answered, newest first; the others' reasons go to `unanswered`."""
@@ -139,8 +188,7 @@ class Discovery:
             answers = list(pool.map(self._ask, find_emulators(self._config.qemu.emulators)))
         if unanswered is not None:
             unanswered += [answer for answer in answers if isinstance(answer, str)]
-        found = [answer for answer in answers if isinstance(answer, EmulatorFacts)]
-        return tuple(sorted(found, key=lambda emulator: (-emulator.version, emulator.path)))
+        return _newest_first(answer for answer in answers if isinstance(answer, EmulatorFacts))
 
     def _ask(self, path: str) -> EmulatorFacts | str:
         try:
@@ -167,6 +215,10 @@ class Discovery:
 
 
 # -- QEMU ----------------------------------------------------------------------------------------------------------
+
+
+def _newest_first(found: Iterable[EmulatorFacts]) -> tuple[EmulatorFacts, ...]:
+    return tuple(sorted(found, key=lambda emulator: (-emulator.version, emulator.path)))
 
 
 def find_emulators(given: Iterable[str] = (), *, search: str | None = None) -> tuple[str, ...]:

@@ -8,26 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from pathlib import Path
 
 import msgspec
 
-from virtmig.link.asking import SessionRecord
+from virtmig.link.asking import HANDOVER, SessionRecord
+from virtmig.link.states import FINAL, State
 
 #: broken off and never recovered: forgotten after a week
 KEPT_S = 7 * 86400.0
 
 
 class Journal:
-    """The folder. A record that cannot be written may not hurt a migration: `write` never raises."""
+    """The folder. A record that cannot be written may not hurt a migration: `write` never raises, it says so."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._written: set[str] = set()  # by this agent; a pid says little, in a container it is always 1
 
-    def write(self, record: SessionRecord) -> None:
+    def write(self, record: SessionRecord) -> str:
+        """"" when it is on disk, else why not."""
         record = msgspec.structs.replace(record, changed=time.time(), pid=os.getpid())
-        with contextlib.suppress(OSError):
+        self._written.add(record.session)
+        try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             path = self._folder / f"{record.session}.json"
             part = path.with_suffix(".part")
@@ -36,6 +41,14 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
             part.rename(path)
+            folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(folder)  # the name, too
+            finally:
+                os.close(folder)
+        except OSError as error:
+            return f"{self._folder}: {error.strerror or error}"
+        return ""
 
     def remove(self, session: str) -> None:
         with contextlib.suppress(OSError):
@@ -52,7 +65,34 @@ class Journal:
             if time.time() - record.changed > KEPT_S:
                 self.remove(record.session)
                 continue
-            if record.pid != os.getpid() and record.state not in ("failed", "refused", "finished"):
+            if record.session not in self._written and record.state not in ("failed", "refused", "finished"):
                 record = msgspec.structs.replace(record, state="failed", reasons=("the agent was stopped or killed",))
             found.append(record)
         return tuple(sorted(found, key=lambda record: -record.changed))
+
+
+class Entry:
+    """One session's record, kept up to date by whichever of its threads has something to note."""
+
+    def __init__(self, journal: Journal, record: SessionRecord) -> None:
+        self._journal = journal
+        self._record = record
+        self._ran = False
+        self._lock = threading.Lock()
+
+    @property
+    def source_keeps(self) -> bool:
+        """Its QEMU was never told that the destination has the guest, and postcopy was not allowed."""
+        with self._lock:
+            return not self._record.handed_over and not self._record.request.get("postcopy")
+
+    def note(self, state: str, reasons: tuple[str, ...] = ()) -> str:
+        """On disk when this returns, or why not. One that ended well, or before anything moved, is removed."""
+        with self._lock:
+            handed_over = self._record.handed_over or state == HANDOVER
+            self._record = msgspec.structs.replace(self._record, state=state, reasons=reasons, handed_over=handed_over)
+            self._ran = self._ran or state == State.RUNNING
+            if state == State.FINISHED or (state in FINAL and not self._ran):
+                self._journal.remove(self._record.session)
+                return ""
+            return self._journal.write(self._record)

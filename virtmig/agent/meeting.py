@@ -19,8 +19,9 @@ from pathlib import Path
 
 import msgspec
 
-from virtmig.agent.access import QemuUser, make_sockets_folder, share_socket
+from virtmig.agent.access import QemuUser, check_qemu, make_sockets_folder, share_socket
 from virtmig.agent.config import AgentConfig
+from virtmig.agent.logs import get_logger
 from virtmig.engine.channels import Arrivals
 from virtmig.engine.relay import Carrier
 from virtmig.engine.transport import Address, Listener, Stop
@@ -30,10 +31,14 @@ from virtmig.stream.channel import Expected, Identity, Moment, Role, Step, conne
 from virtmig.stream.channel_rules import Rule
 from virtmig.stream.wire import Dialect
 
+log = get_logger("agent")
+
 MIGRATION_SOCKET, DISKS_SOCKET = "m.sock", "d.sock"
+_PLACE = re.compile(r"[0-9a-f]{16}")
 #: libvirt's own range (migration_port_min, migration_port_max): a port from it may be given to another migration
 _LIBVIRT_PORTS = range(49152, 49216)
 _CONNECT_S = 5.0
+_LOOK_AGAIN_S = 0.002
 _CHANNEL_OF = {Role.MAIN: "main", Role.MULTIFD: "parallel", Role.PREEMPT: "priority"}
 _ROLE_OF = {name: role for role, name in _CHANNEL_OF.items()}
 _MULTIFD_HELLO_BYTES = 4
@@ -107,6 +112,26 @@ def _place_of(path: str) -> str:
     return f"{_boot_id()} {status.st_dev:x}:{status.st_ino:x}"
 
 
+class _QemuListener(Listener):
+    """Only QEMU's user gets in: the folder's group may have other members, and loopback is open to everybody."""
+
+    def __init__(self, address: Address, stop: Stop, user: QemuUser) -> None:
+        super().__init__(address, stop)
+        self._user = user
+
+    def accept(self) -> socket.socket | None:
+        connection = super().accept()
+        if connection is None:
+            return None
+        try:
+            check_qemu(connection, self._user)
+        except (ChannelError, OSError) as error:
+            log.warning("refused", peer=f"a process of this host at {self.address}", reason=str(error))
+            connection.close()
+            return None
+        return connection
+
+
 class SourcePlaces:
     """The sockets that this host's QEMU may come to: offered both ways, until the peer has chosen."""
 
@@ -152,24 +177,24 @@ class SourcePlaces:
         paths = [folder / MIGRATION_SOCKET, *([folder / DISKS_SOCKET] if disks else [])]
         listeners = []
         for path in paths:
-            listeners.append(Listener(Address.parse(f"unix:{path}"), self._stop))
+            listeners.append(_QemuListener(Address.parse(f"unix:{path}"), self._stop, user))
             share_socket(path, user)
         uri = f"unix://{paths[0]}"
         self._listeners[uri] = listeners[0], listeners[1] if disks else None
         return Attachment(uri=uri, disks_uri=f"unix://{paths[1]}" if disks else "", place=_place_of(str(root)))
 
     def _offer_tcp(self, config: AgentConfig, user: QemuUser, disks: bool) -> Attachment:
-        listeners = [_on_loopback(self._stop) for _ in range(2 if disks else 1)]
+        listeners = [_on_loopback(self._stop, user) for _ in range(2 if disks else 1)]
         uris = [f"tcp://{listener.address.host}:{listener.address.port}" for listener in listeners]
         self._listeners[uris[0]] = listeners[0], listeners[1] if disks else None
         return Attachment(uri=uris[0], disks_uri=uris[1] if disks else "", place=_place_of("/proc/self/ns/net"))
 
 
-def _on_loopback(stop: Stop) -> Listener:
+def _on_loopback(stop: Stop, user: QemuUser) -> Listener:
     refused: list[Listener] = []
     try:
         while True:
-            listener = Listener(Address("127.0.0.1", 0), stop)
+            listener = _QemuListener(Address("127.0.0.1", 0), stop, user)
             if listener.address.port not in _LIBVIRT_PORTS:
                 return listener
             refused.append(listener)  # kept until another one is found, or the kernel would give it again
@@ -224,11 +249,30 @@ class SourceMeeting:
             taken += 1
 
 
+def sweep_places(config: AgentConfig) -> list[str]:
+    """Remove what an agent that was killed has left of its places; their names. For an agent that serves nobody yet."""
+    swept = []
+    for folder in config.sockets_folder.glob("*"):
+        if _PLACE.fullmatch(folder.name) and not folder.is_symlink():
+            _remove_place(folder)
+            swept.append(folder.name)
+    return swept
+
+
+def _remove_place(folder: Path) -> None:
+    for name in (MIGRATION_SOCKET, DISKS_SOCKET):
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
 class DestinationPlace:
     """The place that was chosen on this host, where QEMU will listen; made and removed by us, but for QEMU's socket."""
 
     def __init__(self, offers: tuple[Attachment, ...], config: AgentConfig, user: QemuUser) -> None:
         """Raises ChannelError with what speaks against each offer."""
+        self.user = user
         self._folder: Path | None = None
         problems: list[str] = []
         for offer in offers:
@@ -249,11 +293,7 @@ class DestinationPlace:
 
     def close(self) -> None:
         if self._folder is not None:
-            for name in (MIGRATION_SOCKET, DISKS_SOCKET):
-                with contextlib.suppress(OSError):
-                    (self._folder / name).unlink()
-            with contextlib.suppress(OSError):
-                self._folder.rmdir()
+            _remove_place(self._folder)
 
     def _take(self, offer: Attachment, config: AgentConfig, user: QemuUser) -> Attachment:
         if offer.uri.startswith("unix://"):
@@ -264,7 +304,7 @@ class DestinationPlace:
         root = config.sockets_folder
         folder = Path(offer.uri.removeprefix("unix://")).parent
         names = {offer.uri: MIGRATION_SOCKET} | ({offer.disks_uri: DISKS_SOCKET} if offer.disks_uri else {})
-        if folder.parent != root or not re.fullmatch(r"[0-9a-f]{16}", folder.name):
+        if folder.parent != root or not _PLACE.fullmatch(folder.name):
             raise ChannelError(f"not in this host's folder for sockets, {root}")
         if any(uri != f"unix://{folder / name}" for uri, name in names.items()):
             raise ChannelError("not a path that an agent offers")
@@ -281,7 +321,7 @@ class DestinationPlace:
             raise ChannelError("both hosts share this network, and libvirt's --disks-uri has one address for both")
         for uri in filter(None, (offer.uri, offer.disks_uri)):
             match = re.fullmatch(r"tcp://127\.0\.0\.1:(\d{1,5})", uri)
-            if match is None:
+            if match is None or not 1024 <= int(match[1]) <= 65535:
                 raise ChannelError("not an address that an agent offers")
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -346,19 +386,53 @@ class DestinationMeeting:
     def _all_multifd(self) -> bool:
         return all(self._carriers[channel].bytes_to_qemu >= _MULTIFD_HELLO_BYTES for channel in self._multifd)
 
-    def _connect(self, channel: ChannelName) -> None:
-        address = self._place.address(channel)
-        family = socket.AF_UNIX if address.path else socket.AF_INET
-        connection = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            connection.settimeout(_CONNECT_S)
-            connection.connect(address.path or (address.host, address.port))
-        except OSError as error:
+    def await_recovering_qemu(self, stop: Stop) -> socket.socket | None:
+        """A connection as soon as a paused QEMU listens; None when `stop` came first. For a thread of its own.
+
+        libvirt tells the destination to go on as soon as the source's QEMU has connected, and fails when the
+        destination's has not by then left postcopy-paused (qemuMigrationJobCheckStatus).
+        """
+        while not stop.requested.wait(_LOOK_AGAIN_S):
+            with contextlib.suppress(OSError):
+                return self._dial(ChannelName("main"))
+        return None
+
+    def recovering(self, connection: socket.socket) -> None:
+        """That connection. Raises ChannelError."""
+        main = ChannelName("main")
+        if main in self._connected:
             connection.close()
+            return
+        self._take(main, connection)
+        self.go_on()
+
+    def _connect(self, channel: ChannelName) -> None:
+        try:
+            connection = self._dial(channel)
+        except OSError as error:
             raise ChannelError(
-                f"{channel}: QEMU of the destination does not take the connection at {address}: "
+                f"{channel}: QEMU of the destination does not take the connection at {self._place.address(channel)}: "
                 f"{error.strerror or error}",
                 hint="has libvirt been given the agreed migrate URI on that host?",
             ) from None
+        self._take(channel, connection)
+
+    def _take(self, channel: ChannelName, connection: socket.socket) -> None:
+        try:
+            check_qemu(connection, self._place.user)
+        except ChannelError as error:
+            connection.close()
+            raise ChannelError(f"{channel}: {self._place.address(channel)}: {error}", hint=error.hint) from None
         self._connected.add(channel)
         self._carriers[channel].attach(connection)
+
+    def _dial(self, channel: ChannelName) -> socket.socket:
+        address = self._place.address(channel)
+        connection = socket.socket(socket.AF_UNIX if address.path else socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            connection.settimeout(_CONNECT_S)
+            connection.connect(address.path or (address.host, address.port))
+        except OSError:
+            connection.close()
+            raise
+        return connection

@@ -17,10 +17,23 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from virtmig.agent.handover import ReturnPathWatch
 from virtmig.agent.logs import get_logger
 from virtmig.agent.meeting import DestinationMeeting, DestinationPlace, Shape, SourceMeeting, SourcePlaces
 from virtmig.engine.lines import Line
-from virtmig.engine.relay import Arrived, Carrier, CarrierEvent, Done, LineBroke, Moved, PeerBroke, QemuClosed, Throttle
+from virtmig.engine.relay import (
+    Arrived,
+    Carrier,
+    CarrierEvent,
+    CarrierFailed,
+    Done,
+    LineBroke,
+    Moved,
+    PeerBroke,
+    QemuClosed,
+    Throttle,
+    Withheld,
+)
 from virtmig.engine.transport import Stop
 from virtmig.errors import MigrationError, RemoteProtocolError
 from virtmig.link.frames import ON_CHANNEL, ON_CONTROL, PREFACE, Control, FrameDecoder
@@ -55,6 +68,8 @@ class Follower(Protocol):
     def said(self, session: Session, message: Message, *, here: bool) -> None: ...
     def changed(self, session: Session, state: State, words: str) -> None: ...
     def over(self, session: Session, over: Over) -> None: ...
+    def handover(self, session: Session) -> str:
+        """The source is about to let go; "" or why it may not. In a carrier's thread, which waits for it."""
 
 
 class Session:
@@ -75,7 +90,8 @@ class Session:
         self.side = side
         self.stop = Stop()
         self.carriers: dict[ChannelName, Carrier] = {}
-        self.ended = threading.Event()
+        #: the guest's bytes are done with, well or not; a session that finished answers its peer for a while yet
+        self.over = threading.Event()
         self._follower = follower
         self._dial = dial
         self._throttle = throttle
@@ -181,8 +197,8 @@ class Session:
             poll.register(line.fileno(), line.events(read=True, write=False))
         deadline = self.side.next_deadline()
         wait = None if deadline is None else max(0.0, deadline - self._now()) * 1000 + 1
-        if self._control is not None and self._control.waiting_bytes:
-            wait = 0
+        if any(line.waiting_bytes for line in (*self._dialled, *([self._control] if self._control else []))):
+            wait = 0  # TLS has read ahead
         ready = {fd for fd, _ in poll.poll(wait)}
         if self._wake in ready:
             with contextlib.suppress(BlockingIOError):
@@ -283,10 +299,11 @@ class Session:
                 self._close_line(line)
             case Established():
                 if self._place is not None and self._shape is not None:
-                    self._destination = DestinationMeeting(self._place, self._shape, self.carriers)
+                    self._meet_destination(self._place, self._shape)
             case Over():
                 self._stop_carrying()
                 self._follower.over(self, action)
+                self.over.set()
             case Forget():
                 self._forgotten = True
 
@@ -339,7 +356,10 @@ class Session:
 
     def _open(self, channel: ChannelName, line: Line) -> None:
         self._dialled.pop(line, None)
-        carrier = Carrier(channel, self.side.window_bytes, self._report, throttle=self._throttle)
+        watch = ReturnPathWatch(lambda: self._follower.handover(self)) if channel == MAIN else None
+        here = isinstance(self.side, Responder)
+        carrier = Carrier(channel, self.side.window_bytes, self._report, throttle=self._throttle,
+                          watch_from_qemu=watch if here else None, watch_to_qemu=None if here else watch)  # fmt: skip
         self.carriers[channel] = carrier
         self._line_of[channel] = line
         carrier.connect(line, self._decoders.pop(line))
@@ -382,8 +402,13 @@ class Session:
                 if not self.running:
                     self._last_words()
                 return self.side.lost(event.line, self._now(), event.why)
+            case Withheld():
+                return self.side.fail(f"the source keeps the guest: {event.why}", self._now(), guest="source")
             case PeerBroke():
                 return self.side.fail(f"{event.channel}: the peer broke the protocol: {event.error}", self._now())
+            case CarrierFailed():
+                log.error("internal error in a relay", error=repr(event.error), **self.facts())
+                return self.side.fail(f"{event.channel}: an internal error of the agent, see its log", self._now())
             case QemuClosed():
                 if isinstance(self.side, Responder) and not self._main_done():
                     words = f"QEMU of the destination has closed {event.channel}, {event.undelivered_bytes} bytes early"
@@ -426,6 +451,24 @@ class Session:
             call(self._destination)
         except MigrationError as error:
             self._perform(self.side.fail(str(error), self._now()))
+
+    def _meet_destination(self, place: DestinationPlace, shape: Shape) -> None:
+        meeting = self._destination = DestinationMeeting(place, shape, self.carriers)
+        if not shape.recovery:
+            return
+
+        def wait() -> None:
+            if (connection := meeting.await_recovering_qemu(self.stop)) is not None:
+                self.post(lambda: take(connection))
+
+        def take(connection: socket.socket) -> list[Action]:
+            if self.side.state in FINAL:
+                connection.close()
+            else:
+                self._reach_qemu(lambda known: known.recovering(connection))
+            return []
+
+        threading.Thread(target=wait, name="await QEMU", daemon=True).start()
 
     def _qemu_came(self, channel: ChannelName, connection: socket.socket) -> None:
         """In the thread that accepts."""
@@ -470,7 +513,7 @@ class Session:
                 self._box.get()()
         for line in [*self._decoders, *self._dialled, *([self._control] if self._control else [])]:
             line.close()
-        self.ended.set()
+        self.over.set()
 
     def facts(self) -> Mapping[str, Any]:
         """For people and logs."""

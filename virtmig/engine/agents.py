@@ -119,15 +119,21 @@ class AgentConnection:
             self._waiting += self._lines.feed(data)
         said = decode_said(self._waiting.pop(0))
         if isinstance(said, Problem):
-            raise ChannelError(said.text, hint=said.hint)
+            raise ChannelError(plain_text(said.text), hint=plain_text(said.hint))
         if isinstance(said, Refused):
-            raise PlanRefused([(row.feature, row.reason, row.way_out) for row in said.reasons])
+            rows = [(row.feature, row.reason, row.way_out) for row in said.reasons]
+            raise PlanRefused([(plain_text(one), plain_text(two), plain_text(three)) for one, two, three in rows])
         return said
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+
+
+def plain_text(text: str) -> str:
+    """In one line and without control characters: another host's words stay where they are printed."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def ask_facts(path: str | Path) -> HostSaid:
@@ -178,6 +184,16 @@ class RelaySession:
                     self._tell(said)
         self.over.set()
 
+    def kept_by_source(self, within_s: float) -> bool:
+        """Whether it has ended, or does now, before the source let go of the guest."""
+        self.over.wait(within_s)
+        return self.ended is not None and self.ended.state != "finished" and self.ended.guest == "source"
+
+    def leave(self) -> None:
+        """Let it go on by itself: what a postcopy still has to carry is needed, whatever became of libvirt's call."""
+        self._connection.close()
+        self._thread.join()
+
     def close(self, reason: str = "", *, guest: str = "unknown", settle_s: float = 5.0) -> None:
         """The job is over: wait a moment for the session to end by itself, give it up if it does not."""
         if not reason and self.over.wait(settle_s):
@@ -216,7 +232,7 @@ def shake_hands(
             elif isinstance(said, Agreed):
                 return connection, said
             elif isinstance(said, Ended):
-                words = "; ".join(row.reason for row in said.reasons) or f"the session is {said.state}"
+                words = "; ".join(plain_text(row.reason) for row in said.reasons) or f"the session is {said.state}"
                 raise ChannelError(f"no agreement with the agent at {destination}: {words}")
     except BaseException:
         connection.close()

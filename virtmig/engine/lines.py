@@ -11,7 +11,7 @@ import select
 import socket
 import ssl
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from virtmig.engine.transport import Buffer
 from virtmig.errors import ChannelError
@@ -81,7 +81,7 @@ class Line:
         self.bytes_received += at
         return at or None
 
-    def send(self, buffers: list[Buffer]) -> int | None:
+    def send(self, buffers: Sequence[Buffer]) -> int | None:
         """As much of `buffers` as goes now, in bytes. Raises ChannelError."""
         if not self._tls:
             try:

@@ -10,12 +10,12 @@ one, as QEMU ends them: half-closed, never both at once. Nothing here knows what
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import queue
 import select
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,7 +34,6 @@ _LEAST_READ_BYTES = 64 * 1024
 LINE_BUFFER_BYTES = 512 * 1024
 #: acknowledged so often, that what is kept stays in the processor's cache
 ACK_EVERY_BYTES = 1 << 20
-_GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
 OPEN_FRAMES = frozenset({FrameType.DATA, FrameType.ACK, FrameType.END})
 
 
@@ -82,7 +81,25 @@ class Done:
     channel: ChannelName
 
 
-CarrierEvent = Arrived | Moved | LineBroke | QemuClosed | PeerBroke | Done
+@dataclass(frozen=True, slots=True)
+class Withheld:
+    """A watch has said why some bytes may not go on. Nothing follows them."""
+
+    channel: ChannelName
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class CarrierFailed:
+    """A defect of ours: the thread has ended."""
+
+    channel: ChannelName
+    error: Exception
+
+
+CarrierEvent = Arrived | Moved | LineBroke | QemuClosed | PeerBroke | Done | Withheld | CarrierFailed
+#: bytes before they go on; "" or why they may not
+Watch = Callable[[memoryview], str]
 #: how many seconds to wait before `count` bytes may be read
 Throttle = Callable[[int], float]
 
@@ -97,13 +114,19 @@ class Carrier:
         report: Callable[[CarrierEvent], None],
         *,
         throttle: Throttle | None = None,
+        watch_from_qemu: Watch | None = None,
+        watch_to_qemu: Watch | None = None,
     ) -> None:
+        """The watches are called in the carrier's thread, which carries nothing meanwhile."""
         self.name = name
         self.bytes_to_qemu = 0
         self.bytes_from_qemu = 0
         self.done = False
         self._report = report
         self._throttle = throttle
+        self._window_bytes = window_bytes
+        self._watch_from_qemu, self._watch_to_qemu = watch_from_qemu, watch_to_qemu
+        self._withheld = False
         self._channel = ResumableChannel(
             str(name), window_bytes, ack_every_bytes=min(ACK_EVERY_BYTES, window_bytes // 4)
         )
@@ -118,10 +141,12 @@ class Carrier:
         self._pool = _Pool()
         self._line_buffer = memoryview(bytearray(LINE_BUFFER_BYTES))
         self._end_to_qemu = False
-        self._paused_until_poll = 0.0
+        self._paused_until = 0.0  # time.monotonic; 0: not paused
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stopping = False
+        self._poll = select.poll()
+        self._polled: tuple[int, ...] = ()
         self._thread = threading.Thread(target=self._run, name=f"relay {name}", daemon=True)
         self._thread.start()
 
@@ -172,6 +197,9 @@ class Carrier:
         try:
             while not self._stopping:
                 self._turn()
+        except Exception as error:
+            self._report(CarrierFailed(self.name, error))
+            raise
         finally:
             if self._qemu is not None:
                 self._qemu.close()
@@ -181,19 +209,19 @@ class Carrier:
     def _turn(self) -> None:
         reads_qemu = self._reads_qemu()
         line, qemu = self._line, self._qemu
-        poll = select.poll()
-        poll.register(self._wake, select.POLLIN)
+        line_events = qemu_events = 0
         ready_already = False
         if line is not None:
-            reads_line = not self._to_qemu
+            reads_line = self._reads_line()
             ready_already = reads_line and line.waiting_bytes > 0
-            if wanted := line.events(read=reads_line, write=bool(self._to_line)):
-                poll.register(line.fileno(), wanted)
-        if qemu is not None and (reads_qemu or self._to_qemu):
-            events = (select.POLLIN if reads_qemu else 0) | (select.POLLOUT if self._to_qemu else 0)
-            poll.register(qemu.fileno(), events)
-        timeout = 0 if ready_already else self._timeout_ms()
-        ready = dict(poll.poll(timeout))
+            line_events = line.events(read=reads_line, write=bool(self._to_line))
+        if qemu is not None:
+            qemu_events = (select.POLLIN if reads_qemu else 0) | (select.POLLOUT if self._to_qemu else 0)
+        poll = self._poll_for(
+            line.fileno() if line is not None and line_events else -1, line_events,
+            qemu.fileno() if qemu is not None and qemu_events else -1, qemu_events,
+        )  # fmt: skip
+        ready = [fd for fd, _ in poll.poll(0 if ready_already else self._timeout_ms())]
         if self._wake in ready:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake)
@@ -205,17 +233,39 @@ class Carrier:
         if line is not None and line is self._line and (ready_already or line.fileno() in ready):
             self._serve_line(line)
 
+    def _poll_for(self, *wanted: int) -> select.poll:
+        """File descriptors and their events, -1 for none; mostly the same as before."""
+        if wanted != self._polled:
+            self._poll = select.poll()
+            self._poll.register(self._wake, select.POLLIN)
+            for fd, events in (wanted[:2], wanted[2:]):
+                if fd >= 0:
+                    self._poll.register(fd, events)
+            self._polled = wanted
+        return self._poll
+
     def _timeout_ms(self) -> float | None:
-        if self._paused_until_poll:
-            wait, self._paused_until_poll = self._paused_until_poll, 0.0
-            return max(1.0, wait * 1000)
-        return None
+        if not self._paused_until:
+            return None
+        left = self._paused_until - time.monotonic()
+        if left <= 0:
+            self._paused_until = 0.0
+            return 0
+        return left * 1000
 
     def _reads_qemu(self) -> bool:
         """While the line lives, what was read goes out first; without one, reading goes on until the window is full."""
-        if self._qemu is None or self._qemu_ended or self._paused_until_poll:
+        if self._qemu is None or self._qemu_ended or self._paused_until or self._withheld:
             return False
         return not self._to_line and self._channel.outgoing.room_bytes > 0
+
+    def _reads_line(self) -> bool:
+        """What came goes to QEMU first. But if we wait for an ACK, it must not wait behind what QEMU does not take:
+        the directions are each other's business no more than those of a connection. The peer's window bounds it.
+        """
+        if not self._to_qemu:
+            return True
+        return not self._channel.outgoing.room_bytes and sum(map(len, self._to_qemu)) <= self._window_bytes
 
     def _serve_qemu(self, qemu: socket.socket, reads: bool) -> None:
         if self._to_qemu:
@@ -227,13 +277,13 @@ class Carrier:
             count = qemu.recv_into(view)
         except BlockingIOError:
             return
-        except OSError as error:
-            if error.errno not in _GONE:
-                raise
-            count = 0
+        except OSError:
+            count = 0  # whatever it was, nothing more comes
         if not count:
             self._qemu_ended = True
             self._queue(self._channel.end())
+            return
+        if self._watch_from_qemu is not None and self._withhold(self._watch_from_qemu(view[:count])):
             return
         first = not self.bytes_from_qemu
         self.bytes_from_qemu += count
@@ -243,16 +293,19 @@ class Carrier:
             self._report(Moved(self.name))
         if self._line is not None and self._to_line:
             self._write_line(self._line)
-        if self._throttle is not None:
-            self._paused_until_poll = self._throttle(count)
+        if self._throttle is not None and (wait_s := self._throttle(count)) > 0:
+            self._paused_until = time.monotonic() + wait_s
 
     def _serve_line(self, line: Line) -> None:
         if self._to_line:
             self._write_line(line)
-        if self._to_qemu or self._line is not line:
+        if self._line is not line or not self._reads_line():
             return
+        buffer = self._line_buffer
+        if self._to_qemu:  # which is in that buffer
+            buffer = memoryview(bytearray(_LEAST_READ_BYTES))
         try:
-            count = line.recv_into(self._line_buffer)
+            count = line.recv_into(buffer)
         except ChannelError as error:
             self._lose(line, str(error))
             return
@@ -262,7 +315,7 @@ class Carrier:
             self._lose(line, "closed by the peer")
             return
         try:
-            self._decoder.feed(self._line_buffer[:count])
+            self._decoder.feed(buffer[:count])
             for event in self._decoder.events():
                 self._heard(self._channel.receive(event))
         except MigrationError as error:
@@ -273,9 +326,16 @@ class Carrier:
             return
         self._after_receiving()
 
+    def _withhold(self, why: str) -> bool:
+        if why and not self._withheld:
+            self._withheld = True
+            self._report(Withheld(self.name, why))
+        return self._withheld
+
     def _heard(self, event: object) -> None:
         if isinstance(event, Received):
-            self._to_qemu.append(event.data)
+            if self._watch_to_qemu is None or not self._withhold(self._watch_to_qemu(event.data)):
+                self._to_qemu.append(event.data)
         elif isinstance(event, EndReceived):
             self._end_to_qemu = True
         else:
@@ -302,9 +362,7 @@ class Carrier:
                 count = qemu.sendmsg(self._to_qemu[:1024])
             except BlockingIOError:
                 break
-            except OSError as error:
-                if error.errno not in _GONE:
-                    raise
+            except OSError:
                 self._qemu_deaf = True
                 self._report(QemuClosed(self.name, sum(map(len, self._to_qemu))))
                 break
@@ -345,7 +403,7 @@ class Carrier:
     def _write_line(self, line: Line) -> None:
         while self._to_line:
             try:
-                count = line.send(list(self._to_line))
+                count = line.send(self._to_line)
             except ChannelError as error:
                 self._lose(line, str(error))
                 return

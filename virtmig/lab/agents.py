@@ -32,7 +32,10 @@ def agent_log(host: LabHost) -> Path:
 
 
 def start_agents(lab: Lab, settings: str = "") -> None:
-    """On both hosts; `settings` are more lines for both agent.toml. Raises LabError with the log's last lines."""
+    """On both hosts; `settings` are more lines for both agent.toml (`limits.migrations_in = 1`).
+
+    Raises LabError with the log's last lines.
+    """
     key = lab.folder / "agent.key"
     key.write_text(secrets.token_hex(32) + "\n")
     key.chmod(0o600)
@@ -66,12 +69,13 @@ def start_agent(lab: Lab, host: LabHost, settings: str = "") -> None:
 
 def kill_agent(lab: Lab, host: LabHost, number: int = signal.SIGKILL) -> None:
     """And wait until it has gone."""
-    if host.state.agent is not None:
-        host.state.agent.signal(number)
-        agent = host.state.agent
+    agent = host.state.agent
+    if agent is not None:
+        agent.signal(number)
         await_true(lambda: not agent.alive, 15.0, f"the end of the agent of {host.hostname}")
-        host.state.agent = None
-        lab.save()
+        if host.state.agent is agent:  # another thread may have started the next one
+            host.state.agent = None
+            lab.save()
 
 
 def _accepts(path: Path) -> bool:
@@ -81,14 +85,15 @@ def _accepts(path: Path) -> bool:
 
 
 def _configuration(lab: Lab, host: LabHost) -> str:
+    """Dotted keys, so that more lines may follow for any table."""
     folder = f"{host.folder}/run/virtmig"
     local = "/run/virtmig" if host.full else folder
-    listen = f"tcp:{host.state.address}:16515" if host.full else f"unix:{folder}/link.sock"
+    tcp = f'"tcp:{host.state.address}:16515", ' if host.full else ""
     uri = "" if host.full else "qemu:///session"
     return (
-        f'listen = ["{listen}"]\n'
+        f'listen = [{tcp}"unix:{folder}/link.sock"]\n'
         f'security = "key"\nkey_file = "{lab.folder}/agent.key"\n'
-        'allow = [{ peer = "key", rights = ["send"] }]\n'
-        f'local = {{ socket = "{local}/agent.sock" }}\n'
-        f'qemu = {{ sockets_folder = "{local}/qemu", libvirt_uri = "{uri}" }}\n'
+        'allow = [{ peer = "key", rights = ["send", "receive"] }]\n'
+        f'local.socket = "{local}/agent.sock"\n'
+        f'qemu.sockets_folder = "{local}/qemu"\nqemu.libvirt_uri = "{uri}"\n'
     )

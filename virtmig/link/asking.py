@@ -16,6 +16,8 @@ from virtmig.facts import GuestFacts, HostFacts
 from virtmig.link.messages import Answer, Attachment, ChannelName, Reason, Values
 
 LINE_LONGEST_BYTES = 2 << 20
+#: a session's state from the moment on at which the source lets go of the guest
+HANDOVER = "handover"
 Text = Annotated[str, Meta(max_length=4096)]
 
 
@@ -68,6 +70,7 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     source_uri: str = ""
     state: str = ""
     reasons: tuple[str, ...] = ()
+    handed_over: bool = False  # the guest may run at the destination: do not resume the source without asking there
     began: float = 0.0  # time.time()
     changed: float = 0.0
     pid: int = 0

@@ -28,11 +28,16 @@ from virtmig.link.frames import (
 
 Buffer = bytes | memoryview
 
+#: a shorter piece is copied to the one before it: its view would take more than what is in it (pages are requested so)
+_SMALL_BYTES = 64
+#: and no more is put together
+_COLLECTED_BYTES = 64 * 1024
+
 
 class Outgoing:
     """One direction, as its writer sees it. At most `window_bytes` are kept; nothing more can be written then.
 
-    What is written is kept by reference: it must not change until it is acknowledged.
+    What is written is kept by reference, unless it is small: it must not change until it is acknowledged.
     """
 
     def __init__(self, name: str, window_bytes: int) -> None:
@@ -42,7 +47,7 @@ class Outgoing:
         self.acknowledged = 0
         self.position = 0  # of the next byte
         self.connected = True
-        self._kept: deque[memoryview] = deque()
+        self._kept: deque[memoryview | bytearray] = deque()
         self._sent = 0  # how far it was handed out for sending; an acknowledgement beyond is a lie
 
     @property
@@ -74,12 +79,22 @@ class Outgoing:
         if not len(view):
             return []
         begin = self.position
-        self._kept.append(view)
+        self._keep(view)
         self.position += len(view)
         if not self.connected:
             return []
         self._sent = self.position
         return list(_data_frames(begin, [view]))
+
+    def _keep(self, view: memoryview) -> None:
+        if len(view) >= _SMALL_BYTES:
+            self._kept.append(view)
+            return
+        last = self._kept[-1] if self._kept else None
+        if isinstance(last, bytearray) and len(last) < _COLLECTED_BYTES:
+            last += view
+        else:
+            self._kept.append(bytearray(view))
 
     def end(self) -> list[Buffer]:
         """No more will be written; reading goes on."""
@@ -112,7 +127,8 @@ class Outgoing:
         skip, rest = begin - min(self.acknowledged, self.position), []
         for view in self._kept:
             if len(view) > skip:
-                rest.append(view[skip:])
+                # what is collected goes on growing, which it cannot while there are views of it
+                rest.append(view[skip:] if isinstance(view, memoryview) else memoryview(bytes(view[skip:])))
             skip = max(0, skip - len(view))
         frames = list(_data_frames(begin, rest))
         if self.ended and received_up_to <= self.position:

@@ -21,6 +21,7 @@ from virtmig.link.messages import Message
 PREFACE = b"\x89VMLINK\n"
 HEADER = struct.Struct(">BBHI")
 POSITION = struct.Struct(">Q")
+_DATA_HEADER = struct.Struct(">BBHIQ")  # both
 OPTIONAL = 0x01
 #: bytes of a channel in one DATA frame; long enough that headers do not count, short enough to interleave
 DATA_LONGEST_BYTES = 1 << 20
@@ -153,7 +154,9 @@ def encode_message(message: Message) -> bytes:
 
 def encode_data_header(position: int, length_bytes: int) -> bytes:
     """What stands before `length_bytes` bytes of a channel."""
-    return encode_header(T.DATA, POSITION.size + length_bytes) + POSITION.pack(position)
+    if length_bytes > DATA_LONGEST_BYTES:
+        raise LocalProtocolError(f"DATA of {length_bytes} bytes, at most {DATA_LONGEST_BYTES} are accepted")
+    return _DATA_HEADER.pack(T.DATA, 0, 0, POSITION.size + length_bytes, position)
 
 
 def encode_ack(received_up_to: int) -> bytes:
@@ -247,9 +250,23 @@ class FrameDecoder:
                 self._data_left -= len(piece.data)
                 self._position += len(piece.data)
                 return piece
+            elif self._whole_data_header():
+                continue
             elif (event := self._frame()) is not None:
                 return event
         return None
+
+    def _whole_data_header(self) -> bool:
+        """Most headers stand before DATA and come in one piece. Whatever is odd about one is left to `_frame`."""
+        if self._kept or len(self._input) < _DATA_HEADER.size or T.DATA not in self.accept:
+            return False
+        number, flags, reserved, length, position = _DATA_HEADER.unpack_from(self._input)
+        if number != T.DATA or flags or reserved or not _SHORTEST[T.DATA] <= length <= BOUND[T.DATA]:
+            return False
+        self._input = self._input[_DATA_HEADER.size :]
+        self._offset += _DATA_HEADER.size
+        self._position, self._data_left = position, length - POSITION.size
+        return True
 
     def _take(self, most: int) -> memoryview:
         taken, self._input = self._input[:most], self._input[most:]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from virtmig.agreement import Plan
 from virtmig.errors import RequestError
 from virtmig.facts import GuestFacts, HostFacts
-from virtmig.link.messages import Answer, ChannelCount, Proposal, Reason, Value, Verdict, clip
+from virtmig.link.messages import Answer, Attachment, ChannelCount, Proposal, Reason, Value, Verdict, clip
 from virtmig.request import MigrationRequest
 
 
@@ -96,11 +96,24 @@ def _objections(proposal: Proposal, answer: Answer) -> Iterator[Reason]:
     if not any(row.role == "main" and row.count == 1 for row in answer.channels):
         yield Reason("main", "the answer has no main channel")
     if proposal.attachments or answer.attachment is not None:
-        chosen = answer.attachment.uri if answer.attachment is not None else None
-        if chosen not in {row.uri for row in proposal.attachments}:
-            yield Reason("attachment", f"the answer's {chosen or 'missing attachment'} is none of those offered")
+        chosen = answer.attachment
+        # libvirt is told every part of it; only where QEMU listens over there is the destination's to choose
+        if chosen is None or all(_elsewhere(chosen) != _elsewhere(row) for row in proposal.attachments):
+            words = " ".join(filter(None, _elsewhere(chosen))) if chosen is not None else "missing attachment"
+            yield Reason("attachment", clip(f"the answer's {words} is none of those offered"))
+        elif not _on_loopback(chosen.listen_address):
+            words = clip(chosen.listen_address, 64)
+            yield Reason("attachment", f"the answer has QEMU listen on {words}, where others than its agent reach it")
     if len({row.role for row in answer.channels}) != len(answer.channels):
         yield Reason("channels", "the answer counts a role twice")
+
+
+def _elsewhere(attachment: Attachment) -> tuple[str, str]:
+    return attachment.uri, attachment.disks_uri
+
+
+def _on_loopback(address: str) -> bool:
+    return not address or (address.startswith("127.") and set(address) <= set("0123456789."))
 
 
 def _alike(asked: Value | None, given: Value | None) -> bool:
