@@ -20,18 +20,19 @@ from tenacity import retry_if_result
 
 from virtmig.attempts import StopRequest, may_try_again, retrying
 from virtmig.ends import Ends, check_files, open_ends
+from virtmig.engine.agents import Followed
 from virtmig.errors import PlanRefused, VirtError
 from virtmig.estimate import Estimate
 from virtmig.facts import HostFacts
 from virtmig.fitting import Fitted, fit
 from virtmig.forecast import forecast
-from virtmig.link.asking import Changed, Ended
+from virtmig.link.asking import Carried, Changed, Ended
 from virtmig.obstacles import Caution
 from virtmig.outlook import outlook
 from virtmig.plan import Plan, negotiate
 from virtmig.policy import Action, Decision, History, Policy, decide
 from virtmig.progress import Outcome, PassCounter, Phase, Progress, Status, Whereabouts
-from virtmig.relaying import Relay, find_agents
+from virtmig.relaying import ChannelRates, Relay, find_agents
 from virtmig.report.recorder import Recorder
 from virtmig.request import MigrationRequest
 from virtmig.virt.connection import FENCED_KEEPALIVE
@@ -77,7 +78,7 @@ def migrate(
         if foretold is not None:
             watcher.message(f"forecast: {foretold.sentence}" + (f" -> {foretold.advice}" if foretold.advice else ""))
         outcome: Outcome = retrying(request, stop, retry_if_result(may_try_again))(
-            _Run(ends, plan, watcher, stop, fitted).once
+            _Run(ends, plan, watcher, stop, fitted, recorder).once
         )
         outcome = msgspec.structs.replace(outcome, report_id=recorder.id)
         watcher.finish(outcome)
@@ -131,8 +132,12 @@ def plan_only(request: MigrationRequest, *, source_uri: str | None = None) -> tu
 class _Run:
     """One attempt: start the job, watch it, conclude. The state of an attempt, nothing of the next."""
 
-    def __init__(self, ends: Ends, plan: Plan, watcher: Watcher, stop: StopRequest, fitted: Fitted) -> None:
+    def __init__(
+        self, ends: Ends, plan: Plan, watcher: Watcher, stop: StopRequest, fitted: Fitted, recorder: Recorder
+    ) -> None:
         self.fitted = fitted
+        self.recorder = recorder
+        self.rates = ChannelRates()
         self.ends = ends
         self.plan = plan
         self.request = plan.request
@@ -177,15 +182,20 @@ class _Run:
 
     def _shake_hands(self) -> Relay:
         """Before libvirt is told anything: a refusal of the other host's agent leaves nothing behind."""
-        relay = Relay(self.plan, self.ends.guest, self.ends.source_facts, self._agents_say)
+        relay = Relay(self.plan, self.ends.guest, self.ends.source_facts, self._agents_say,
+                      self.recorder.agents)  # fmt: skip
+        self.recorder.agents(relay.agreed)
         self.watcher.message(relay.words)
         for row in relay.agreed.answer.verdicts:
             if row.outcome == "adjusted":
                 self.watcher.message(f"--{row.feature}: {row.asked} -> {row.given}: {row.reason}", "warning")
         return relay
 
-    def _agents_say(self, said: Changed | Ended) -> None:
+    def _agents_say(self, said: Followed) -> None:
         """In the thread that follows the session."""
+        self.recorder.agents(said)
+        if isinstance(said, Carried):
+            self.rates.update(said)
         if isinstance(said, Changed) and said.state == "reconnecting":
             self.watcher.message(
                 f"the agents have lost each other ({said.words}); the guest does not notice", "warning"
@@ -202,7 +212,9 @@ class _Run:
     def _turn(self) -> None:
         progress = self.job.sample()
         if progress is not None:
-            progress = msgspec.structs.replace(progress, full_passes=self.passes.update(progress))
+            progress = msgspec.structs.replace(
+                progress, full_passes=self.passes.update(progress), channel_bytes_per_s=self.rates.now
+            )
             self.started = self.started or bool(progress.processed_bytes)
             decision = decide(self.policy, self.history, progress, time.monotonic())
             self.history.add(progress, decision, time.monotonic())

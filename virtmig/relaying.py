@@ -8,10 +8,18 @@ from urllib.parse import urlsplit
 import msgspec
 
 from virtmig.agreement import Plan
-from virtmig.engine.agents import DEFAULT_PORT, RelaySession, ask_facts, default_socket, reachable, shake_hands
+from virtmig.engine.agents import (
+    DEFAULT_PORT,
+    Followed,
+    RelaySession,
+    ask_facts,
+    default_socket,
+    reachable,
+    shake_hands,
+)
 from virtmig.errors import MigrationError
 from virtmig.facts import Finding, GuestFacts, HostFacts
-from virtmig.link.asking import Changed, Ended
+from virtmig.link.asking import Carried, Exchanged
 from virtmig.request import MigrationRequest
 
 #: what concerns this command alone, and not the other host
@@ -67,12 +75,32 @@ def destination_agents(request: MigrationRequest) -> tuple[str, ...]:
     return (f"tcp:[{host}]:{DEFAULT_PORT}" if ":" in host else f"tcp:{host}:{DEFAULT_PORT}",)
 
 
+class ChannelRates:
+    """Bytes per second of each channel, both ways, in the order of the agreement; () until two counts are known."""
+
+    def __init__(self) -> None:
+        self.now: tuple[int, ...] = ()
+        self._last: Carried | None = None
+
+    def update(self, said: Carried) -> None:
+        """In the thread that follows the session; whoever reads `now` gets the last whole answer."""
+        last, self._last = self._last, said
+        seconds = (said.ms - last.ms) / 1000 if last is not None else 0.0
+        if last is None or seconds <= 0:
+            return
+        before = last.channels
+        self.now = tuple(
+            int(max(0, sum(counts) - sum(before.get(name, (0, 0)))) / seconds) for name, counts in said.channels.items()
+        )
+
+
 class Relay:
     """A session of the agents for one attempt. `request` is what libvirt gets."""
 
     def __init__(
-        self, plan: Plan, guest: GuestFacts, source: HostFacts, tell: Callable[[Changed | Ended], None]
-    ) -> None:
+        self, plan: Plan, guest: GuestFacts, source: HostFacts, tell: Callable[[Followed], None],
+        heard: Callable[[Exchanged], None] = lambda message: None,
+    ) -> None:  # fmt: skip
         """Shake hands. Raises PlanRefused with the destination's reasons, ChannelError; nothing has started then."""
         request = plan.request
         values = {name: value for name, value in plan.values.items() if name not in _OURS_ALONE}
@@ -80,7 +108,7 @@ class Relay:
         path = request.text("agent").removeprefix("unix:") or str(default_socket())
         connection, self.agreed = shake_hands(
             path, ",".join(destination_agents(request)), request=values, guest=guest, facts=source,
-            fixed=(),
+            heard=heard,
         )  # fmt: skip
         self.session = RelaySession(connection, self.agreed, tell)
         attachment = self.agreed.attachment

@@ -15,12 +15,17 @@ from tests.support.hosts import DESTINATION, GUEST, SOURCE, ask, plan
 from virtmig.errors import RequestError
 from virtmig.estimate import estimate
 from virtmig.forecast import Forecast
+from virtmig.link.asking import Agreed, Carried, Changed, Exchanged
+from virtmig.link.asking import Ended as AgentsEnded
+from virtmig.link.messages import Answer, ChannelName, Reason, Verdict
 from virtmig.policy import Action, Decision, Policy
 from virtmig.progress import Outcome, Phase, Progress, Status, Whereabouts
+from virtmig.relaying import ChannelRates
 from virtmig.report import records
 from virtmig.report.explain import compare, explain, log_lines, policy_from_toml, replay
+from virtmig.report.html import charts_of, report_html
 from virtmig.report.recorder import LARGEST_BYTES, Recorder
-from virtmig.report.records import all_records, find_record, read_record, redacted
+from virtmig.report.records import Agents, all_records, find_record, read_record, redacted
 
 NOTHING = Forecast(converging=None, sentence="")
 MIB = 1 << 20
@@ -255,3 +260,62 @@ def test_everything_that_may_be_none_survives_being_left_out(tmp_path: Path) -> 
     assert record.began.estimate == never
     assert record.outcome == outcome(downtime_ms=None, observed_downtime_ms=None, processed_bytes=None)
     assert never.sentence in "\n".join(explain(record))
+
+
+def answered() -> Agreed:
+    verdicts = (
+        Verdict(feature="live", outcome="accepted", reason="asked for with --live"),
+        Verdict(feature="parallel-connections", outcome="adjusted", asked="10", given="2", reason="beryl allows 2"),
+    )
+    channels = (ChannelName("main"), ChannelName("parallel", 0), ChannelName("parallel", 1))
+    return Agreed(session="0123", answer=Answer(verdicts=verdicts), channels=channels, peer="beryl", ms=21.0,
+                  round_trips=3)  # fmt: skip
+
+
+def test_what_the_agents_say_is_kept_and_told(tmp_path: Path) -> None:
+    rates = ChannelRates()
+    recorder = recorded(tmp_path, samples=[])
+    recorder.agents(Exchanged(source=True, name="Hello", ms=1.2))
+    recorder.agents(answered())
+    recorder.agents(Changed(state="reconnecting", words="without parallel 1"))
+    progress = curve(8)
+    for number, each in enumerate(progress):
+        said = Carried(channels={"main": (number * MIB, 0), "parallel 0": (2 * number * MIB, 0), "parallel 1": (0, 0)},
+                       ms=number * 500.0)  # fmt: skip
+        recorder.agents(said)
+        rates.update(said)
+        recorder.sample(msgspec.structs.replace(each, channel_bytes_per_s=rates.now), NOTHING)
+        recorder._began -= 0.6
+    recorder.agents(AgentsEnded(state="failed", reasons=(Reason("agent", "the other host has gone"),)))
+    recorder.finish(outcome())
+    record = find_record("last", tmp_path)
+    assert record.agreed == answered()
+    assert rates.now == (2 * MIB, 4 * MIB, 0)
+    log = "\n".join(log_lines(record))
+    for words in ("to the destination: Hello", "reconnecting, without",
+                  "the session is failed: the other host has gone"):  # fmt: skip
+        assert words in log
+    assert "in 3 round trips, main, parallel 0, parallel 1:" in "\n".join(explain(record))
+    assert "parallel-connections: adjusted 10 -> 2, beryl allows 2" in "\n".join(explain(record))
+    [chart] = [chart for chart in charts_of(record) if chart.title.startswith("channels")]
+    assert [row.label for row in chart.series] == ["main", "parallel 0"]
+    assert "parallel-connections</td><td>adjusted 10 → 2" in report_html(record)
+    assert sum(isinstance(row, Agents) for row in record.rows) == 3 + len(progress) + 1
+
+
+def test_of_what_they_have_carried_little_is_kept(tmp_path: Path) -> None:
+    recorder = recorded(tmp_path, samples=[])
+    for number in range(100):
+        recorder.agents(Carried(channels={"main": (number, 0)}, ms=float(number)))
+    recorder.finish(outcome())
+    assert sum(isinstance(row, Agents) for row in find_record("last", tmp_path).rows) == 1
+
+
+def test_the_id_is_that_of_whoever_started_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(records.RECORD_ID, "20260101-000000-abcdef")
+    assert recorded(tmp_path, samples=[]).id == "20260101-000000-abcdef"
+    second = recorded(tmp_path, samples=[]).id  # a second one of the same process gets its own
+    assert second != "20260101-000000-abcdef"
+    monkeypatch.setenv(records.RECORD_ID, "../../x")
+    assert recorded(tmp_path, samples=[]).id not in ("../../x", second)
+    assert len(all_records(tmp_path)) == 3

@@ -26,6 +26,7 @@ from virtmig.link.asking import (
     HANDOVER,
     Agreed,
     Begin,
+    Carried,
     Changed,
     Ended,
     Exchanged,
@@ -55,6 +56,7 @@ log = get_logger("agent")
 
 QUESTION_S = 10.0
 WRITE_S = 2.0
+CARRIED_EVERY_S = 1.0
 #: what stands in no log and on no screen
 _SECRET = {"proof": None, "nonce": None, "secret": None}
 
@@ -188,7 +190,11 @@ class Client:
 
     def _follow(self, session: Session) -> None:
         """Until it is over. A client that goes before anything has moved takes its session along."""
+        told = time.monotonic()
         while not session.over.is_set():
+            if session.running and time.monotonic() >= told + CARRIED_EVERY_S:
+                told = time.monotonic()
+                self.say(Carried(channels=session.carried(), ms=round(told * 1000, 2)))
             if self._gone:
                 if not session.running:
                     session.fail("the client has gone before anything was sent", guest="source")

@@ -515,10 +515,10 @@ class Session:
             line.close()
         self.over.set()
 
+    def carried(self) -> dict[str, tuple[int, int]]:
+        """Bytes from QEMU and to it, per channel. From any thread."""
+        return {str(name): (each.bytes_from_qemu, each.bytes_to_qemu) for name, each in list(self.carriers.items())}
+
     def facts(self) -> Mapping[str, Any]:
         """For people and logs."""
-        return {
-            "session": self.side.session.hex(),
-            "peer": self.side.peer,
-            "bytes": {str(name): (each.bytes_from_qemu, each.bytes_to_qemu) for name, each in self.carriers.items()},
-        }
+        return {"session": self.side.session.hex(), "peer": self.side.peer, "bytes": self.carried()}

@@ -15,6 +15,7 @@ from virtmig.link.asking import (
     Agreed,
     Asked,
     Begin,
+    Carried,
     Changed,
     Ended,
     Exchanged,
@@ -162,10 +163,14 @@ def ask_sessions(path: str | Path) -> tuple[SessionRecord, ...]:
     return said.sessions
 
 
+#: what is heard of a session that was agreed on
+Followed = Changed | Carried | Ended
+
+
 class RelaySession:
     """A session that was agreed on, and is followed until it ends. `tell` hears every change, in another thread."""
 
-    def __init__(self, connection: AgentConnection, agreed: Agreed, tell: Callable[[Changed | Ended], None]) -> None:
+    def __init__(self, connection: AgentConnection, agreed: Agreed, tell: Callable[[Followed], None]) -> None:
         self.agreed = agreed
         self.ended: Ended | None = None
         self.over = threading.Event()
@@ -180,7 +185,7 @@ class RelaySession:
                 said = self._connection.hear(timeout_s=None)
                 if isinstance(said, Ended):
                     self.ended = said
-                if isinstance(said, (Changed, Ended)):
+                if isinstance(said, Followed):
                     self._tell(said)
         self.over.set()
 

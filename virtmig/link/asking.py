@@ -121,6 +121,13 @@ class Changed(_Said, frozen=True, tag="state"):
     words: str = ""
 
 
+class Carried(_Said, frozen=True, tag="carried"):
+    """Bytes that each channel has brought from this host's QEMU and to it, since the session began; once a second."""
+
+    channels: dict[str, tuple[int, int]]
+    ms: float
+
+
 class Ended(_Said, frozen=True, tag="ended"):
     state: str
     reasons: tuple[Reason, ...] = ()
@@ -135,7 +142,7 @@ class Problem(_Said, frozen=True, tag="error"):
     kind: str = "ChannelError"
 
 
-Said = HostSaid | SessionsSaid | Exchanged | Agreed | Refused | Changed | Ended | Problem
+Said = HostSaid | SessionsSaid | Exchanged | Agreed | Refused | Changed | Carried | Ended | Problem
 ASKED: tuple[type[Asked], ...] = get_args(Asked)
 
 _encoder = msgspec.json.Encoder()

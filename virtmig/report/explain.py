@@ -8,10 +8,13 @@ from statistics import median
 
 import msgspec
 
+from virtmig.link.asking import Changed, Exchanged
+from virtmig.link.asking import Ended as AgentsEnded
+from virtmig.link.messages import Verdict
 from virtmig.policy import Decision, History, Policy, decide
 from virtmig.progress import Phase, Progress, Whereabouts
 from virtmig.quantities import duration_text, rate_text, size_text
-from virtmig.report.records import Decided, Ended, Record, Said, Sampled
+from virtmig.report.records import Agents, AgentsWord, Decided, Ended, Record, Said, Sampled
 
 #: the share of a limit at which it is what bounded the migration
 _AT_LIMIT = 0.9
@@ -33,10 +36,26 @@ def log_lines(record: Record) -> Iterator[str]:
             yield stamp + f"{row.decision.action}: {row.decision.reason}"
         elif isinstance(row, Said):
             yield stamp + (f"{row.level}: " if row.level != "info" else "") + row.text
+        elif isinstance(row, Agents):
+            if words := _agents_words(row.said):
+                yield stamp + "agents: " + words
         elif isinstance(row, Ended):
             yield stamp + row.outcome.sentence
     for _, reason, way_out in record.refusals:
         yield f"{0:8.2f} s  refused: {reason}" + (f" -> {way_out}" if way_out else "")
+
+
+def _agents_words(said: AgentsWord) -> str:
+    """Empty for what the charts show better, and for the agreement, of which the migration itself gives a line."""
+    match said:
+        case Exchanged():
+            return f"{'to' if said.source else 'from'} the destination: {said.name}"
+        case Changed():
+            return said.state + (f", {said.words}" if said.words else "")
+        case AgentsEnded():
+            reasons = "; ".join(row.reason for row in said.reasons)
+            return f"the session is {said.state}" + (f": {reasons}" if reasons else "")
+    return ""
 
 
 def _sample_words(progress: Progress) -> str:
@@ -74,6 +93,10 @@ def explain(record: Record) -> list[str]:
     said += ["", "What was planned:", f"  transport {began.plan.transport}: {began.plan.transport_reason}"]
     said += [f"  {choice.feature}: {choice.reason}" for choice in began.plan.choices if choice.on]
     said += [f"  --{row.option} {row.asked} became {row.planned}: {row.reason}" for row in began.plan.adjustments]
+    if (agreed := record.agreed) is not None:
+        channels = ", ".join(map(str, agreed.channels))
+        said += ["", f"What the agents agreed on, with {agreed.peer} in {agreed.round_trips} round trips, {channels}:"]
+        said += [f"  {verdict_words(row)}" for row in agreed.answer.verdicts]
     said += [f"  in the domain XML: {change}" for change in began.changes]
     if began.estimate is not None:
         said += ["", "What was foretold:", f"  {began.estimate.sentence}"]
@@ -88,6 +111,12 @@ def explain(record: Record) -> list[str]:
     if bounds := list(bounds_of(record)):
         said += ["", "What bounded it:", *(f"  {sentence}" for sentence in bounds)]
     return said
+
+
+def verdict_words(row: Verdict) -> str:
+    """One row of an answer, in one line."""
+    became = f" {row.asked} -> {row.given}" if row.outcome == "adjusted" else ""
+    return f"{row.feature}: {row.outcome}{became}" + (f", {row.reason}" if row.reason else "")
 
 
 def bounds_of(record: Record) -> Iterator[str]:

@@ -70,6 +70,7 @@ def report_html(record: Record) -> str:
         told=explain(record),
         log=list(log_lines(record)),
         phases=phases_of(record),
+        agreed=record.agreed,
         charts=[(chart, markupsafe.Markup(svg(chart))) for chart in charts],
         data=markupsafe.Markup(data),
         script=markupsafe.Markup((_ASSETS / "uPlot.iife.min.js").read_text(encoding="utf-8")),
@@ -133,13 +134,21 @@ def charts_of(record: Record) -> list[Chart]:
         Chart(
             "rates", "MiB/s", seconds,
             (series("sent", lambda p: p.memory_bytes_per_s, _MIB),
-             series("guest writes", lambda p: p.dirty_bytes_per_s, _MIB),
-             *(series(f"channel {number}", channel(number), _MIB) for number in range(channels))),
+             series("guest writes", lambda p: p.dirty_bytes_per_s, _MIB)),
+        ),
+        Chart(
+            "channels, both ways", "MiB/s", seconds,
+            tuple(series(_channel_name(record, number, channels), channel(number), _MIB) for number in range(channels)),
         ),
         Chart("CPU time taken from the guest", "%", seconds, (series("throttle", lambda p: p.throttle_percent),)),
         Chart("pages asked for in postcopy", "", seconds, (series("requests", lambda p: p.postcopy_requests),)),
     ]  # fmt: skip
     return [shown for chart in drawn if (shown := _with_something(chart)) is not None]
+
+
+def _channel_name(record: Record, number: int, of: int) -> str:
+    agreed = record.agreed
+    return str(agreed.channels[number]) if agreed is not None and len(agreed.channels) == of else f"channel {number}"
 
 
 def _with_something(chart: Chart) -> Chart | None:

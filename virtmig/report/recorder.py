@@ -6,9 +6,12 @@ record is bounded whatever happens.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import secrets
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +22,15 @@ import msgspec
 from virtmig.agreement import Plan
 from virtmig.estimate import Estimate
 from virtmig.facts import GuestFacts, HostFacts
+from virtmig.link.asking import Carried
 from virtmig.policy import Decision
 from virtmig.progress import Outcome, Phase, Progress
 from virtmig.report.records import (
+    ID,
+    RECORD_ID,
     SUFFIX,
+    Agents,
+    AgentsWord,
     Began,
     Decided,
     Ended,
@@ -47,7 +55,7 @@ _RARER = ((3600.0, 10.0), (600.0, 1.0), (60.0, 0.5), (0.0, 0.0))
 
 
 class Recorder:
-    """The record of one migration; `id` is "" where none can be kept."""
+    """The record of one migration; `id` is "" where none can be kept. `agents` may be called in another thread."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.id = ""
@@ -58,6 +66,8 @@ class Recorder:
         self._last_sample = -1.0
         self._last_phase: Phase | None = None
         self._fd = -1
+        self._lock = threading.Lock()
+        self._last_carried = -1.0
 
     def begin(
         self,
@@ -73,12 +83,10 @@ class Recorder:
         """Make the file. Never raises."""
         if self._folder is None:
             return
-        name = time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + f"-{secrets.token_hex(3)}"
-        path = self._folder / f"{name}{SUFFIX}"
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             forget_old(self._folder)
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            name, path = self._make(self._folder)
         except OSError as error:
             self._give_up(error)
             return
@@ -101,9 +109,21 @@ class Recorder:
             )
         )
 
+    def _make(self, folder: Path) -> tuple[str, Path]:
+        """Under the id that whoever started us has given out already, else under a new one."""
+        made = time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + f"-{secrets.token_hex(3)}"
+        given = os.environ.get(RECORD_ID, "")
+        for name in (given, made) if ID.fullmatch(given) else (made,):
+            path = folder / f"{name}{SUFFIX}"
+            with contextlib.suppress(FileExistsError):
+                self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+                return name, path
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
     def refused(self, reasons: Sequence[tuple[str, str, str]]) -> None:
         self._write(Refused(at_s=self._now(), reasons=tuple(reasons)))
-        self._close()
+        with self._lock:
+            self._close()
 
     def start(self, domain: str, source: str, destination: str, plan: Plan) -> None:
         """Begun already, with more than this."""
@@ -111,8 +131,7 @@ class Recorder:
     def sample(self, progress: Progress, expected: Forecast) -> None:
         """A change of phase is always kept."""
         now = self._now()
-        apart = next(seconds for begin, seconds in _RARER if now >= begin)
-        if progress.phase is self._last_phase and now - self._last_sample < apart:
+        if progress.phase is self._last_phase and now - self._last_sample < self._apart(now):
             return
         self._last_sample, self._last_phase = now, progress.phase
         self._write(
@@ -131,21 +150,36 @@ class Recorder:
     def message(self, text: str, level: str = "info") -> None:
         self._write(Said(at_s=self._now(), text=text, level=level))
 
+    def agents(self, said: AgentsWord) -> None:
+        """What they have carried is kept as rarely as samples are."""
+        if isinstance(said, Carried):
+            now = self._now()
+            if now - self._last_carried < max(0.5, self._apart(now)):
+                return
+            self._last_carried = now
+        self._write(Agents(at_s=self._now(), said=said))
+
     def finish(self, outcome: Outcome) -> None:
         self._write(Ended(at_s=self._now(), outcome=outcome), last=True)
-        self._close()
+        with self._lock:
+            self._close()
+
+    @staticmethod
+    def _apart(now: float) -> float:
+        return next(seconds for begin, seconds in _RARER if now >= begin)
 
     def _now(self) -> float:
         return round(time.monotonic() - self._began, 3)
 
     def _write(self, row: Row, *, last: bool = False) -> None:
-        if self._fd < 0 or (self._bytes > LARGEST_BYTES and not last):
-            return
-        try:
-            line = encode_row(row)
-            self._bytes += os.write(self._fd, line)
-        except (OSError, msgspec.MsgspecError, TypeError) as error:
-            self._give_up(error)
+        with self._lock:
+            if self._fd < 0 or (self._bytes > LARGEST_BYTES and not last):
+                return
+            try:
+                line = encode_row(row)
+                self._bytes += os.write(self._fd, line)
+            except (OSError, msgspec.MsgspecError, TypeError) as error:
+                self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
         log.warning("no record of this migration is kept: %s: %s", self._folder, error)

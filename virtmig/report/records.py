@@ -18,15 +18,19 @@ from virtmig.agreement import Plan
 from virtmig.errors import RequestError
 from virtmig.estimate import Estimate
 from virtmig.facts import GuestFacts, HostFacts
+from virtmig.link.asking import Agreed, Carried, Changed, Exchanged
+from virtmig.link.asking import Ended as AgentsEnded
 from virtmig.policy import Decision
 from virtmig.progress import Outcome, Progress
 
 #: of the format: rows and fields are only ever added
 VERSION = 1
+#: the environment's variable with the id of the next record, for a process that was started to migrate
+RECORD_ID = "VIRTMIG_RECORD_ID"
 SUFFIX = ".jsonl"
 KEPT_RECORDS = 500
 KEPT_BYTES = 256 << 20
-_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
+ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
 
 
 class _Row(msgspec.Struct, frozen=True, kw_only=True, tag_field="row", omit_defaults=True):
@@ -68,6 +72,15 @@ class Said(_Row, frozen=True, kw_only=True, omit_defaults=True, tag="message"):
     level: str = "info"
 
 
+AgentsWord = Exchanged | Agreed | Changed | Carried | AgentsEnded
+
+
+class Agents(_Row, frozen=True, kw_only=True, omit_defaults=True, tag="agents"):
+    """What the source's agent said of itself and of the other one: messages, the agreement, states, the end."""
+
+    said: AgentsWord
+
+
 class Refused(_Row, frozen=True, kw_only=True, omit_defaults=True, tag="refused"):
     reasons: tuple[tuple[str, str, str], ...]
 
@@ -76,7 +89,7 @@ class Ended(_Row, frozen=True, kw_only=True, omit_defaults=True, tag="ended"):
     outcome: Outcome
 
 
-Row = Began | Sampled | Decided | Said | Refused | Ended
+Row = Began | Sampled | Decided | Said | Agents | Refused | Ended
 _decoder: msgspec.json.Decoder[Row] = msgspec.json.Decoder(Row)
 _encoder = msgspec.json.Encoder()
 
@@ -106,6 +119,12 @@ class Record(msgspec.Struct, frozen=True):
     @property
     def samples(self) -> list[Sampled]:
         return [row for row in self.rows if isinstance(row, Sampled)]
+
+    @property
+    def agreed(self) -> Agreed | None:
+        """The last agreement of the agents: each attempt has one."""
+        said = [row.said for row in self.rows if isinstance(row, Agents)]
+        return next((each for each in reversed(said) if isinstance(each, Agreed)), None)
 
     @property
     def decisions(self) -> list[Decided]:
@@ -175,7 +194,7 @@ def find_record(wanted: str, folder: Path | None = None) -> Record:
     """By id, the beginning of one, a domain's name (its newest), or `last`. Raises RequestError with what there is."""
     where = folder or records_folder()
     paths = _files(where) if where else []
-    if _ID.fullmatch(wanted):
+    if ID.fullmatch(wanted):
         paths = [path for path in paths if path.stem == wanted]
     for path in paths:
         record = read_record(path)
@@ -186,7 +205,7 @@ def find_record(wanted: str, folder: Path | None = None) -> Record:
 
 def _files(folder: Path) -> list[Path]:
     try:
-        return sorted((path for path in folder.glob(f"*{SUFFIX}") if _ID.fullmatch(path.stem)), reverse=True)
+        return sorted((path for path in folder.glob(f"*{SUFFIX}") if ID.fullmatch(path.stem)), reverse=True)
     except OSError:
         return []
 

@@ -19,14 +19,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from virtmig.errors import MigrationError
-from virtmig.integrations.api.history import Head
+from virtmig.report.records import RECORD_ID
 from virtmig.request import MigrationRequest
 
 VERSION = 1
@@ -34,8 +34,6 @@ VERSION = 1
 KEPT_TICKETS = 500
 #: of what a process said on standard error
 _SAID_LONGEST_BYTES = 8192
-#: a record begins this long after its process at most: both ends are opened and asked first
-_BEGINS_WITHIN_S = 3600.0
 
 #: $0 is the .pid file; the process keeps its number when it becomes virtmig
 _SCRIPT = 'echo $$ > "$0" && exec "$@"'
@@ -176,7 +174,7 @@ class Jobs:
                 stdout=log,
                 stderr=log,
                 cwd="/",
-                env={**os.environ, "VIRTMIG_RECORDS": str(self.records)},
+                env={**os.environ, "VIRTMIG_RECORDS": str(self.records), RECORD_ID: ticket.id},
                 start_new_session=True,
                 umask=0o077,
             )
@@ -211,13 +209,6 @@ class Jobs:
         running = self._is_locked(ticket.id)
         pid = self._pid(ticket.id)
         return Job(ticket=ticket, pid=pid, running=running, said="" if running else self._said(ticket.id))
-
-    def head(self, job: Job, heads: Iterable[Head]) -> Head | None:
-        """The record of a job: the one that its process began after the ticket was written. None: not yet, or never."""
-        for head in heads:
-            if job.pid == head.began.pid and -1.0 <= head.began.time - job.ticket.time <= _BEGINS_WITHIN_S:
-                return head
-        return None
 
     def ask_to_stop(self, job: Job) -> bool:
         """SIGTERM, before there is anything to abort; the process ends safely by itself. False: it has ended."""

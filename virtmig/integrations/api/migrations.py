@@ -57,7 +57,10 @@ class Reason(msgspec.Struct, frozen=True):
 
 
 class Migration(msgspec.Struct, frozen=True, kw_only=True):
-    """`id` names it here; `record_id` names its record for `virtmig show`. Bytes and rates are of the last sample."""
+    """`id` names its record too, for `virtmig show`; `record_id` is null until that is begun.
+
+    Bytes and rates are of the last sample.
+    """
 
     id: str
     status: NovaStatus
@@ -178,23 +181,16 @@ class Migrations:
         self.history = history
 
     def all(self) -> list[Found]:
-        """The newest first. A ticket and its record are one migration, under the ticket's id."""
-        heads = list(self.history.heads())
-        by_pid: dict[int, list[Head]] = {}
-        for head in heads:
-            by_pid.setdefault(head.began.pid, []).append(head)
-        found = [
-            Found(job.ticket.id, job, self.jobs.head(job, by_pid.get(job.pid, ()) if job.pid else ()))
-            for job in self.jobs.all()
-        ]
-        seen = {each.head.id for each in found if each.head is not None}
-        found += [Found(head.id, None, head) for head in heads if head.id not in seen]
+        """The newest first. A ticket and its record have one id."""
+        heads = {head.id: head for head in self.history.heads()}
+        found = [Found(job.ticket.id, job, heads.pop(job.ticket.id, None)) for job in self.jobs.all()]
+        found += [Found(head.id, None, head) for head in heads.values()]
         return sorted(found, key=lambda each: each.id, reverse=True)
 
     def find(self, wanted: str) -> Found:
-        """By ticket or record id. Raises NotThere."""
+        """Raises NotThere."""
         for each in self.all():
-            if wanted == each.id or (each.head is not None and wanted == each.head.id):
+            if wanted == each.id:
                 return each
         raise NotThere(f"no migration is called '{wanted}'", hint="GET /v1/migrations lists them")
 
