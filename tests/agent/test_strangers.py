@@ -150,7 +150,7 @@ def test_strangers_do_not_disturb_a_session(
     events = refusals(logs)
     assert any("more than 128 connections wait to be greeted" in event["reason"] for event in events)
     assert len(events) == 20  # the others are counted
-    destination.agent._refusals.close()
+    destination.agent.refusals.close()
     [counted] = [event for event in logs if event["event"].startswith("refused as well")]
     assert (counted["source"], counted["connections"]) == ("127.0.0.1", 502 - 20)
 

@@ -156,6 +156,16 @@ class LogSection(Section, frozen=True, kw_only=True):
     format: LogFormat = "auto"
 
 
+class MetricsSection(Section, frozen=True, kw_only=True):
+    """Prometheus' text format over plain HTTP."""
+
+    listen: str = ""  # tcp:HOST:PORT; empty: none
+
+    def __post_init__(self) -> None:
+        if self.listen and Address.parse(self.listen).kind != "tcp":
+            raise ValueError(f"metrics.listen = {self.listen!r}: Prometheus asks over TCP, tcp:127.0.0.1:9516")
+
+
 class AgentConfig(Section, frozen=True, kw_only=True):
     """The whole file."""
 
@@ -169,6 +179,7 @@ class AgentConfig(Section, frozen=True, kw_only=True):
     limits: LimitsSection = LimitsSection()
     deadlines: DeadlinesSection = DeadlinesSection()
     log: LogSection = LogSection()
+    metrics: MetricsSection = MetricsSection()
 
     def __post_init__(self) -> None:
         for text in self.listen:

@@ -74,6 +74,7 @@ class Refusals:
         self._lock = threading.Lock()
         self._since = clock()
         self._count: Counter[str] = Counter()
+        self.total = 0
 
     def say(self, source: str, peer: str, reason: str, hint: str = "") -> None:
         unlogged: dict[str, int] = {}
@@ -83,6 +84,7 @@ class Refusals:
                 self._since = self._clock()
                 self._count.clear()
             self._count[source] += 1
+            self.total += 1
             loud = self._count[source] <= LOGGED_MOST
         _say_unlogged(unlogged)
         if loud:

@@ -63,7 +63,7 @@ class LocalLibvirt:
             threading.Thread(target=self._open, name="libvirt", daemon=True).start()
 
     def silent(self) -> str:
-        """"" when it has answered about the guest just now, or was never there to be asked; else what is wrong."""
+        """Empty when it has answered about the guest just now, or was never there to be asked; else what is wrong."""
         host = self._host
         if host is None:
             return ""

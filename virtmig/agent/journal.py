@@ -29,7 +29,7 @@ class Journal:
         self._written: set[str] = set()  # by this agent; a pid says little, in a container it is always 1
 
     def write(self, record: SessionRecord) -> str:
-        """"" when it is on disk, else why not."""
+        """Empty when it is on disk, else why not."""
         record = msgspec.structs.replace(record, changed=time.time(), pid=os.getpid())
         self._written.add(record.session)
         try:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from virtmig.agent.access import AllowList, Identity, QemuUser, group_id, qemu_user, unix_identity
 from virtmig.agent.clients import Client
+from virtmig.agent.config import Address as ConfigAddress
 from virtmig.agent.config import AgentConfig
 from virtmig.agent.discovery import AgentFacts, Discovery
 from virtmig.agent.greetings import Greeting, Greetings, Refusals
@@ -27,6 +28,7 @@ from virtmig.agent.journal import Journal
 from virtmig.agent.limits import Limits
 from virtmig.agent.logs import get_logger
 from virtmig.agent.meeting import sweep_places
+from virtmig.agent.metrics import AgentMetrics, MetricsServer
 from virtmig.agent.notify import ActivatedSocket, Notifier
 from virtmig.agent.peers import Peers, peer_address
 from virtmig.agent.responding import answer_session
@@ -82,7 +84,9 @@ class Agent:
         self._changed = threading.Condition(self._lock)
         self._facts: tuple[float, AgentFacts, HostFacts] | None = None
         self._facts_lock = threading.Lock()
-        self._refusals = Refusals()
+        self.refusals = Refusals()
+        self.metrics = AgentMetrics(self)
+        self._metrics_server: MetricsServer | None = None
         self._quiet_since = time.monotonic()
         self._notifier = Notifier({})
         self._thread: threading.Thread | None = None
@@ -123,7 +127,7 @@ class Agent:
             self._sessions[session] = words
 
     def remove(self, session: Session) -> None:
-        with self._changed:
+        with self.metrics.ending(session), self._changed:
             if self._sessions.pop(session, None) is not None:
                 self._over.add(session)
                 self._quiet_since = time.monotonic()
@@ -149,6 +153,8 @@ class Agent:
         """Listen. Raises ChannelError, RequestError."""
         try:
             self._listen(sockets)
+            if self.config.metrics.listen:
+                self._metrics_server = MetricsServer(self.metrics, ConfigAddress.parse(self.config.metrics.listen))
         except BaseException:
             self._close_listeners()
             raise
@@ -193,11 +199,17 @@ class Agent:
         for session in left:
             session.over.wait(_LAST_WORDS_S)
         self._closing.set()
-        os.eventfd_write(self._wake, 1)
         if self._thread is not None:
+            os.eventfd_write(self._wake, 1)
             self._thread.join()
+            self._thread = None
+        if self._wake >= 0:
+            os.close(self._wake)
+            self._wake = -1
         self._close_listeners()
-        self._refusals.close()
+        if self._metrics_server is not None:
+            self._metrics_server.close()
+        self.refusals.close()
         log.info("stopped")
 
     def _listen(self, sockets: tuple[ActivatedSocket, ...]) -> None:
@@ -242,7 +254,7 @@ class Agent:
                     if connection is not None:
                         self._greet(connection)
                 except (MigrationError, OSError, RuntimeError) as error:  # no descriptors, no threads
-                    self._refusals.say("here", "", f"a connection cannot be accepted: {error}")
+                    self.refusals.say("here", "", f"a connection cannot be accepted: {error}")
                     self._closing.wait(_BREATH_S)
 
     def _greet(self, connection: socket.socket) -> None:
@@ -286,7 +298,7 @@ class Agent:
             assert isinstance(event, Control)
             taken = self._dispatch(line, decoder, event, identity, greeting)
         except MigrationError as error:
-            self._refusals.say(greeting.source, peer, greeting.given_up or str(error), error.hint)
+            self.refusals.say(greeting.source, peer, greeting.given_up or str(error), error.hint)
         except Exception:  # a defect of ours: that connection is lost, and the log has it
             log.exception("internal error with a new connection", peer=peer)
         finally:
@@ -312,7 +324,7 @@ class Agent:
         assert isinstance(message, (OpenChannel, Resume))
         session = self._session_of(message.session)
         if session is None or session.side.peer != identity.peer:
-            self._refusals.say(greeting.source, line.peer, f"no such session for {message.channel}")
+            self.refusals.say(greeting.source, line.peer, f"no such session for {message.channel}")
             _refuse(line, [Reason("channel", "no such session for this peer", "")])
             return False
         greeting.done()
