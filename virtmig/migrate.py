@@ -162,6 +162,7 @@ class _Run:
         self.history = History()
         self.passes = PassCounter()
         self.started = False
+        self.events_kept = 0
         self.stops_seen = len(self.stop.requests)
         self.previous_downtime_ms = self._set_downtime_limit()
         try:
@@ -209,7 +210,16 @@ class _Run:
     split = False
     gave_up = ""
 
+    def _keep_events(self) -> None:
+        """Of both libvirts; iterations stand in the samples."""
+        events = self.job.events[self.events_kept :]
+        self.events_kept += len(events)
+        for event in events:
+            if event.what != "iteration":
+                self.recorder.event(event.at, event.host, event.what, event.detail)
+
     def _turn(self) -> None:
+        self._keep_events()
         progress = self.job.sample()
         if progress is not None:
             progress = msgspec.structs.replace(
@@ -292,6 +302,7 @@ class _Run:
             elif error is not None:
                 hint = self.fence.remove_held_copy()
         source, destination = self._ask_until_settled()
+        self._keep_events()
         place = judge(source, destination, call_succeeded=self.job.finished and error is None)
         self.split = place is Whereabouts.SPLIT
         if self.fence is not None and place is Whereabouts.UNKNOWN and source.presence is Presence.RUNNING:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 from pathlib import Path
 
 import msgspec
@@ -286,6 +287,7 @@ def test_what_the_agents_say_is_kept_and_told(tmp_path: Path) -> None:
         rates.update(said)
         recorder.sample(msgspec.structs.replace(each, channel_bytes_per_s=rates.now), NOTHING)
         recorder._began -= 0.6
+    recorder.event(time.monotonic(), "destination", "resumed", 0)
     recorder.agents(AgentsEnded(state="failed", reasons=(Reason("agent", "the other host has gone"),)))
     recorder.finish(outcome())
     record = find_record("last", tmp_path)
@@ -293,7 +295,7 @@ def test_what_the_agents_say_is_kept_and_told(tmp_path: Path) -> None:
     assert rates.now == (2 * MIB, 4 * MIB, 0)
     log = "\n".join(log_lines(record))
     for words in ("to the destination: Hello", "reconnecting, without",
-                  "the session is failed: the other host has gone"):  # fmt: skip
+                  "destination: resumed", "the session is failed: the other host has gone"):  # fmt: skip
         assert words in log
     assert "in 3 round trips, main, parallel 0, parallel 1:" in "\n".join(explain(record))
     assert "parallel-connections: adjusted 10 -> 2, beryl allows 2" in "\n".join(explain(record))

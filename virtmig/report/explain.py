@@ -14,7 +14,7 @@ from virtmig.link.messages import Verdict
 from virtmig.policy import Decision, History, Policy, decide
 from virtmig.progress import Phase, Progress, Whereabouts
 from virtmig.quantities import duration_text, rate_text, size_text
-from virtmig.report.records import Agents, AgentsWord, Decided, Ended, Record, Said, Sampled
+from virtmig.report.records import Agents, AgentsWord, Decided, Ended, Event, Record, Said, Sampled
 
 #: the share of a limit at which it is what bounded the migration
 _AT_LIMIT = 0.9
@@ -36,6 +36,8 @@ def log_lines(record: Record) -> Iterator[str]:
             yield stamp + f"{row.decision.action}: {row.decision.reason}"
         elif isinstance(row, Said):
             yield stamp + (f"{row.level}: " if row.level != "info" else "") + row.text
+        elif isinstance(row, Event):
+            yield stamp + f"{row.host}: {row.what}"
         elif isinstance(row, Agents):
             if words := _agents_words(row.said):
                 yield stamp + "agents: " + words

@@ -34,6 +34,7 @@ from virtmig.report.records import (
     Began,
     Decided,
     Ended,
+    Event,
     Refused,
     Row,
     Said,
@@ -149,6 +150,10 @@ class Recorder:
 
     def message(self, text: str, level: str = "info") -> None:
         self._write(Said(at_s=self._now(), text=text, level=level))
+
+    def event(self, at: float, host: str, what: str, detail: int) -> None:
+        """`at`: time.monotonic() when it arrived."""
+        self._write(Event(at_s=round(at - self._began, 3), host=host, what=what, detail=detail))
 
     def agents(self, said: AgentsWord) -> None:
         """What they have carried is kept as rarely as samples are."""

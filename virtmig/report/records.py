@@ -72,6 +72,14 @@ class Said(_Row, frozen=True, kw_only=True, omit_defaults=True, tag="message"):
     level: str = "info"
 
 
+class Event(_Row, frozen=True, kw_only=True, omit_defaults=True, tag="event"):
+    """What libvirt of one host reported: virDomainEventType's name, with its detail."""
+
+    host: str  # source or destination
+    what: str
+    detail: int = 0
+
+
 AgentsWord = Exchanged | Agreed | Changed | Carried | AgentsEnded
 
 
@@ -89,7 +97,7 @@ class Ended(_Row, frozen=True, kw_only=True, omit_defaults=True, tag="ended"):
     outcome: Outcome
 
 
-Row = Began | Sampled | Decided | Said | Agents | Refused | Ended
+Row = Began | Sampled | Decided | Said | Event | Agents | Refused | Ended
 _decoder: msgspec.json.Decoder[Row] = msgspec.json.Decoder(Row)
 _encoder = msgspec.json.Encoder()
 
