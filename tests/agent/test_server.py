@@ -355,3 +355,11 @@ def test_nothing_is_left_of_handshakes(hosts: tuple[Host, Host], monkeypatch: py
     assert descriptors() <= before
     assert list((destination.folder / "sessions").glob("*")) == []
     assert list((source.folder / "sessions").glob("*")) == []
+
+
+def test_a_stopped_agent_leaves_nothing_behind(place: Path) -> None:
+    """Not even the sessions that would answer a peer for a while yet."""
+    with nothing_left():
+        with Host(place / "a") as source, Host(place / "b") as destination:
+            Migration(source, destination.address).connect().finish()
+        assert not [name for name in threads() if name in ("session", "accept") or name.startswith("relay ")]

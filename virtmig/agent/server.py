@@ -198,6 +198,8 @@ class Agent:
             session.fail("the agent stops, and the time to finish is over")
         for session in left:
             session.over.wait(_LAST_WORDS_S)
+        for session in tuple(self._over):
+            session.forget()
         self._closing.set()
         if self._thread is not None:
             os.eventfd_write(self._wake, 1)

@@ -137,6 +137,16 @@ class Session:
         """It went wrong on this host, or somebody gave it up. In a session that is over nothing happens."""
         self.post(lambda: self.side.fail(reason, self._now(), guest=guest))
 
+    def forget(self) -> None:
+        """It is over, and its peer is answered no more. Returns when its thread has ended, or does not soon."""
+
+        def end() -> list[Action]:
+            self._forgotten = True
+            return []
+
+        self.post(end)
+        self.join(WRITE_S)
+
     def meet_source(self, places: SourcePlaces) -> None:
         """Where this host's QEMU will come. The session owns it from now on."""
         self._places = places
@@ -289,10 +299,13 @@ class Session:
                 self._send(line, action)
             case Dial():
                 self._dial_for(action.channel)
+            # a line that broke while it was confirmed is forgotten already, and the side knows
             case Opened(connection=Line() as line):
-                self._open(action.channel, line)
+                if line in self._decoders:
+                    self._open(action.channel, line)
             case Resumed(connection=Line() as line):
-                self._resume(action.channel, line, action.received_up_to)
+                if line in self._decoders:
+                    self._resume(action.channel, line, action.received_up_to)
             case Heard():
                 self._hear(action.message)
             case Close(connection=Line() as line):
