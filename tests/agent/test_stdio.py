@@ -114,7 +114,7 @@ def given_as_3_and_4(*sockets: socket.socket) -> Iterator[dict[str, object]]:
 def test_sigterm_without_a_session(place: Path) -> None:
     with service(place / "a") as process:
         listens(place / "a", process)
-        eventually(lambda: stat.S_IMODE((place / "a" / "agent.sock").stat().st_mode) == 0o660)  # listens, then is opened
+        eventually(lambda: stat.S_IMODE((place / "a" / "agent.sock").stat().st_mode) == 0o660)  # once it listens
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE_S) == 0
         assert [event["event"] for event in events(process)][-1] == "stopped"
