@@ -447,6 +447,9 @@ def _channels(draft: Draft) -> tuple[Channel, ...]:
         found.append(Channel("parallel", asked or DEFAULT_PARALLEL_CONNECTIONS, False, note))
     if "postcopy-preempt" in draft.on:
         found.append(Channel("priority", 1, False, "opened when postcopy starts"))
+    elif draft.relay and draft.reasons.get("postcopy-preempt", (False, ""))[0] is None:
+        # a QEMU that opens it and is turned away waits for ever; one that does not leaves it unused
+        found.append(Channel("priority", 1, False, "if both hosts have it"))
     if disks := copied_disks(draft.request, draft.guest):
         found.append(Channel("storage", len(disks), True, "NBD, before memory"))
     return tuple(found)

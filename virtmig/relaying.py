@@ -17,9 +17,10 @@ from virtmig.engine.agents import (
     reachable,
     shake_hands,
 )
-from virtmig.errors import MigrationError
+from virtmig.errors import ChannelError, MigrationError
 from virtmig.facts import Finding, GuestFacts, HostFacts
 from virtmig.link.asking import Carried, Exchanged
+from virtmig.progress import Whereabouts
 from virtmig.request import MigrationRequest
 
 #: what concerns this command alone, and not the other host
@@ -106,10 +107,15 @@ class Relay:
         values = {name: value for name, value in plan.values.items() if name not in _OURS_ALONE}
         values["transport"] = "relay"
         path = request.text("agent").removeprefix("unix:") or str(default_socket())
-        connection, self.agreed = shake_hands(
-            path, ",".join(destination_agents(request)), request=values, guest=guest, facts=source,
-            heard=heard,
-        )  # fmt: skip
+        try:
+            connection, self.agreed = shake_hands(
+                path, ",".join(destination_agents(request)), request=values, guest=guest, facts=source, heard=heard
+            )
+        except ChannelError as error:
+            error.guest = Whereabouts.SPLIT if "postcopy-resume" in request else Whereabouts.SOURCE
+            error.message = f"{error.message}; nothing was started, {guest.name} is where it was"
+            error.args = (error.message,)
+            raise
         self.session = RelaySession(connection, self.agreed, tell)
         attachment = self.agreed.attachment
         assert attachment is not None  # a session without one is only a handshake

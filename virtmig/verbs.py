@@ -318,6 +318,27 @@ VERBS: tuple[Verb, ...] = (
         ),
     ),
     Verb(
+        name="order", help="put a migration's connections in the order that an old QEMU needs", ours=True,
+        description="For a destination on its own, without agents and handshake: QEMU 7.2 takes the first connection "
+        "for the main stream, whatever it is. This listens in the place of the destination's QEMU, names each "
+        "connection by its first bytes, and connects them to QEMU one by one, main first; strangers are turned away. "
+        "QEMU's own TLS hides those bytes and cannot be used with it.",
+        options=(
+            Option(name="listen", kind=Kind.STRING, help="where the source connects: tcp:HOST:PORT or unix:PATH",
+                   positional=True, required=True),
+            Option(name="qemu", kind=Kind.STRING, help="where the destination's QEMU listens: tcp:HOST:PORT or "
+                   "unix:PATH", positional=True, required=True),
+            Option(name="parallel-connections", kind=Kind.NUMBER, help="number of the source's multifd channels "
+                   "(nothing on the wire tells it)", minimum=1, maximum=255),
+            _switch("postcopy-preempt", "the source has a preempt channel"),
+        ),
+        examples=(
+            ("virtmig order tcp:10.0.0.2:49200 tcp:127.0.0.1:49200 --parallel-connections 4",
+             "on the destination; then virsh migrate --parallel --parallel-connections 4 --migrateuri "
+             "tcp://10.0.0.2:49200 --listen-address 127.0.0.1"),
+        ),
+    ),
+    Verb(
         name="recover", help="finish a postcopy that broke, as this host's agent remembers it", ours=True,
         description="Where a postcopy through the agents was broken off, the source's agent remembers how it was "
         "started; this resumes it.",
@@ -327,6 +348,31 @@ VERBS: tuple[Verb, ...] = (
             Option(name="transport", kind=Kind.CHOICE, help="who moves the rest", choices=("relay", "direct")),
         ),
         examples=(("virtmig recover web01", "go on where it broke"),),
+    ),
+    Verb(
+        name="hooks", help="libvirt's hook on this host: fit incoming guests, refuse them, note what comes and goes",
+        ours=True,
+        description="libvirt runs the hook for every guest that comes in, whoever sends it: virsh, Nova or virtmig. It "
+        "fits the XML by the rules of this host, notes every phase, and refuses a guest only where "
+        "/etc/virtmig/hook.toml requires something. install puts it beside the hooks of others; test shows what it "
+        "would do to a guest; history lists what it saw.",
+        options=(
+            Option(name="action", kind=Kind.CHOICE, help="what to do", choices=("install", "remove", "status", "test",
+                   "history"), positional=True, required=True),
+            Option(name="file", kind=Kind.FILE, help="test: a domain XML, or - for standard input", positional=True),
+            Option(name="source-host", kind=Kind.STRING, help="test: as if it came from this host"),
+            Option(name="operation", kind=Kind.STRING, help="test: another operation of libvirt's than migrate"),
+            Option(name="config", kind=Kind.FILE, help="settings, instead of /etc/virtmig/hook.toml"),
+            Option(name="folder", kind=Kind.STRING, help="libvirt's hooks, instead of /etc/libvirt/hooks"),
+            Option(name="limit", kind=Kind.NUMBER, help="history: at most so many (default 20)", minimum=1,
+                   maximum=10_000),
+            _switch("json", "status and history as JSON"),
+        ),
+        examples=(
+            ("virtmig hooks install", "on the destination, as root"),
+            ("virtmig hooks test web01.xml --source-host host-a", "what would it do to this guest?"),
+            ("virtmig hooks history", "guests that came and went, whoever moved them"),
+        ),
     ),
     Verb(
         name="doctor", help="check whether the hosts are ready to migrate, and say how to fix what is not", ours=True,

@@ -145,7 +145,8 @@ class LinkProxy:
                 header = _exactly(ends[0], HEADER.size)
                 kind, _, _, length = HEADER.unpack(header)
                 frame = Frame(kind, _exactly(ends[0], length), to_source=to_source, connection=connection)
-                if kind in (FrameType.HELLO, FrameType.PING) or (kind == FrameType.RESUME and b"control" in frame.payload):
+                resumed = kind == FrameType.RESUME and b"control" in frame.payload
+                if resumed or kind in (FrameType.HELLO, FrameType.PING):
                     connection.control = True
                 if kind < FrameType.DATA:
                     self.frames.append(frame)

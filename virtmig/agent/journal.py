@@ -1,7 +1,7 @@
 """What this host's sessions are and were, on disk: a restarted agent knows which were broken off, and how to go on.
 
 One small JSON file a session, written when it is agreed on and when its state changes, always whole (rename). Those
-that ended well are removed.
+that ended well are removed, and with them those of the same guest that were broken off before.
 """
 
 from __future__ import annotations
@@ -54,6 +54,14 @@ class Journal:
         with contextlib.suppress(OSError):
             (self._folder / f"{session}.json").unlink()
 
+    def settle(self, arrived: SessionRecord) -> None:
+        """This session has brought its guest over: what was broken off of that guest before is past."""
+        self.remove(arrived.session)
+        for record in self.records():
+            same = record.uuid == arrived.uuid if record.uuid and arrived.uuid else record.domain == arrived.domain
+            if same and record.state == State.FAILED and record.began <= arrived.began:
+                self.remove(record.session)
+
     def records(self) -> tuple[SessionRecord, ...]:
         """Every record that can be read, the newest first; those of an agent that was killed say so."""
         found = []
@@ -92,7 +100,12 @@ class Entry:
             handed_over = self._record.handed_over or state == HANDOVER
             self._record = msgspec.structs.replace(self._record, state=state, reasons=reasons, handed_over=handed_over)
             self._ran = self._ran or state == State.RUNNING
-            if state == State.FINISHED or (state in FINAL and not self._ran):
+            if handed_over and state == State.RUNNING:
+                self._record = msgspec.structs.replace(self._record, state=HANDOVER)
+            if state == State.FINISHED:
+                self._journal.settle(self._record)
+                return ""
+            if state in FINAL and not self._ran:
                 self._journal.remove(self._record.session)
                 return ""
             return self._journal.write(self._record)

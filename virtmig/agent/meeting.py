@@ -16,6 +16,7 @@ import socket
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -23,7 +24,6 @@ from virtmig.agent.access import QemuUser, check_qemu, make_sockets_folder, shar
 from virtmig.agent.config import AgentConfig
 from virtmig.agent.logs import get_logger
 from virtmig.engine.channels import Arrivals
-from virtmig.engine.relay import Carrier
 from virtmig.engine.transport import Address, Listener, Stop
 from virtmig.errors import ChannelError, LocalProtocolError, MigrationError
 from virtmig.link.messages import Attachment, ChannelName
@@ -40,7 +40,6 @@ _LIBVIRT_PORTS = range(49152, 49216)
 _CONNECT_S = 5.0
 _LOOK_AGAIN_S = 0.002
 _CHANNEL_OF = {Role.MAIN: "main", Role.MULTIFD: "parallel", Role.PREEMPT: "priority"}
-_ROLE_OF = {name: role for role, name in _CHANNEL_OF.items()}
 _MULTIFD_HELLO_BYTES = 4
 
 
@@ -98,6 +97,11 @@ def dialect_of(version: int | None) -> Dialect:
     if version is None or version >= 10_001_000:
         return Dialect.QEMU_11_1
     return Dialect.QEMU_10_0 if version >= 8_000_000 else Dialect.QEMU_7_2
+
+
+def channel_of(identity: Identity) -> ChannelName:
+    """QEMU's connection by the link's name."""
+    return ChannelName(_CHANNEL_OF[identity.role], identity.index)  # type: ignore[arg-type]
 
 
 def _boot_id() -> str:
@@ -232,7 +236,7 @@ class SourceMeeting:
             self._thread.join()
 
     def _named(self, identity: Identity, connection: socket.socket) -> None:
-        self._deliver(ChannelName(_CHANNEL_OF[identity.role], identity.index), connection)  # type: ignore[arg-type]
+        self._deliver(channel_of(identity), connection)
 
     def _accept_disks(self, count: int) -> None:
         assert self._disks is not None
@@ -329,10 +333,27 @@ class DestinationPlace:
         return msgspec.structs.replace(offer, listen_address=listen)
 
 
+class Place(Protocol):
+    """Where QEMU listens, and who it is to be."""
+
+    @property
+    def user(self) -> QemuUser: ...
+    def address(self, channel: ChannelName) -> Address: ...
+
+
+class Carries(Protocol):
+    """Who carries one channel to QEMU and back: engine/relay.py's Carrier, ordering.py's Pipe."""
+
+    bytes_to_qemu: int
+    bytes_from_qemu: int
+
+    def attach(self, qemu: socket.socket, /) -> None: ...
+
+
 class DestinationMeeting:
     """To this host's QEMU connections are opened when the source's are there, in the order that QEMU names rightly."""
 
-    def __init__(self, place: DestinationPlace, shape: Shape, carriers: Mapping[ChannelName, Carrier]) -> None:
+    def __init__(self, place: Place, shape: Shape, carriers: Mapping[ChannelName, Carries]) -> None:
         self._place = place
         self._carriers = carriers
         self._steps = [(ChannelName(_CHANNEL_OF[step.role], step.index), step) for step in shape.order()]  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""`virtmig agent`, `virtmig handshake`, `virtmig recover`: the service of this host, and what is asked of it."""
+"""`virtmig agent`, `handshake`, `order`, `recover`: the service of this host, what is asked of it or done without."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 import msgspec
 
 from virtmig.cli.signals import stop_on_signals
-from virtmig.errors import ChannelError, MigrationError, PlanRefused, RequestError
+from virtmig.errors import ChannelError, MigrationAborted, MigrationError, PlanRefused, RequestError
 from virtmig.request import MigrationRequest
 from virtmig.verbs import HANDSHAKE_OPTIONS
 
 if TYPE_CHECKING:
     from virtmig.agent.config import AgentConfig
     from virtmig.cli.main import GlobalOptions
+    from virtmig.engine.transport import Stop
     from virtmig.link.asking import Agreed, Exchanged, Said, SessionRecord
 
 #: an agent that was started for one --stdio and has nothing to do ends
@@ -34,6 +35,8 @@ _START_S = 10.0
 _RACE_S = 2.0
 _TURN_S = 1.0
 _END_S = 5.0
+#: longer than agents that dial each other wait between two attempts
+_MENDING_S = 5.0
 #: one of both hosts refuses
 EXIT_REFUSED = 3
 _PIECE_BYTES = 256 * 1024
@@ -351,17 +354,53 @@ def _channels(rows: Iterable[dict[str, Any]]) -> str:
     )
 
 
+# -- order -------------------------------------------------------------------------------------------------------------
+
+
+def run_order(values: dict[str, Any], options: GlobalOptions) -> int:
+    """Put one migration's connections in order. 0 when each ended as both QEMUs wanted, 1 when one broke."""
+    from virtmig.agent.ordering import Ordering
+    from virtmig.engine.transport import Address, Listener, Stop
+    from virtmig.quantities import size_text
+
+    def say(words: str) -> None:
+        if not options.quiet:
+            print(words, flush=True)
+
+    stop = Stop()
+    with stop_on_signals(_Stopping(stop)):
+        qemu = Address.parse(str(values["qemu"]), "qemu")
+        listener = Listener(Address.parse(str(values["listen"]), "listen"), stop)
+        try:
+            ordering = Ordering(listener, qemu, stop, multifd_channels=int(values.get("parallel-connections") or 0),
+                                preempt=bool(values.get("postcopy-preempt")), tell=say)  # fmt: skip
+            say(f"listening on {listener.address}")
+            done = ordering.run()
+        finally:
+            listener.close()
+    say(f"{size_text(done.bytes_to_qemu)} over {', '.join(map(str, done.channels))}; both QEMUs know how it ended")
+    for words in done.broken:
+        print(f"broken: {words}", file=sys.stderr)
+    return 1 if done.broken else 0
+
+
+class _Stopping:
+    def __init__(self, stop: Stop) -> None:
+        self._stop = stop
+
+    def ask(self, what: str) -> None:
+        self._stop.request(MigrationAborted(f"stopped by {what}"))
+
+
 # -- recover -----------------------------------------------------------------------------------------------------------
 
 
 def run_recover(values: dict[str, Any], options: GlobalOptions) -> int:
     """Finish a postcopy that broke, as the source's agent remembers it."""
     from virtmig.cli.commands import run_migrate
-    from virtmig.engine.agents import ask_sessions
 
-    domain = str(values["domain"])
     path = agent_path(values.get("agent"))
-    found = _broken_session(ask_sessions(path), domain)
+    found = broken_session(path, str(values["domain"]))
     changes: dict[str, Any] = {"postcopy_resume": True, "postcopy": True, "live": True}
     kept = {name: value for name, value in found.request.items() if name in ("domain", "desturi", "p2p", "direct")}
     request = MigrationRequest(kept).replace(
@@ -374,12 +413,23 @@ def run_recover(values: dict[str, Any], options: GlobalOptions) -> int:
     return run_migrate(request, msgspec.structs.replace(options, connect=connect) if connect else options)
 
 
-def _broken_session(sessions: tuple[SessionRecord, ...], domain: str) -> SessionRecord:
-    """Raises RequestError when this host's agent remembers none."""
-    ours = [row for row in sessions if row.role == "source" and domain in (row.domain, row.uuid)]
-    for row in ours:
-        if row.state == "failed" and row.request.get("postcopy"):
-            return row
+def broken_session(path: Path, domain: str) -> SessionRecord:
+    """The postcopy that this host's agent remembers as broken. Raises RequestError when it remembers none.
+
+    One whose agents still dial each other is given a moment: mended, it needs no recovery. A recovery ends it else.
+    """
+    from virtmig.engine.agents import ask_sessions
+
+    deadline = time.monotonic() + _MENDING_S
+    while True:
+        sessions = ask_sessions(path)
+        ours = [row for row in sessions if row.role == "source" and domain in (row.domain, row.uuid)]
+        broken = [row for row in ours if row.state in ("failed", "reconnecting") and row.request.get("postcopy")]
+        if broken and (broken[0].state == "failed" or time.monotonic() > deadline):
+            return broken[0]
+        if not broken:
+            break
+        time.sleep(0.05)
     known = ", ".join(f"{row.domain} ({row.state})" for row in sessions if row.role == "source") or "none"
     raise RequestError(
         f"this host's agent remembers no broken postcopy of {domain}; it knows: {known}",

@@ -225,8 +225,20 @@ def run_handshake(values: dict[str, Any], options: GlobalOptions) -> int:
     return run(values, options)
 
 
+def run_order(values: dict[str, Any], options: GlobalOptions) -> int:
+    from virtmig.cli.agent_commands import run_order as run
+
+    return run(values, options)
+
+
 def run_recover(values: dict[str, Any], options: GlobalOptions) -> int:
     from virtmig.cli.agent_commands import run_recover as run
+
+    return run(values, options)
+
+
+def run_hooks(values: dict[str, Any], options: GlobalOptions) -> int:
+    from virtmig.cli.hooks_commands import run_hooks as run
 
     return run(values, options)
 

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from virtmig.errors import ChannelError, MigrationError, PlanRefused
+from virtmig.errors import ChannelError, MigrationError, PlanRefused, RemoteProtocolError
 from virtmig.facts import GuestFacts, HostFacts
 from virtmig.link.asking import (
     Agreed,
@@ -182,7 +182,10 @@ class RelaySession:
     def _follow(self) -> None:
         with contextlib.suppress(MigrationError):
             while self.ended is None:
-                said = self._connection.hear(timeout_s=None)
+                try:
+                    said = self._connection.hear(timeout_s=None)
+                except RemoteProtocolError:
+                    continue  # what only a newer agent says
                 if isinstance(said, Ended):
                     self.ended = said
                 if isinstance(said, Followed):

@@ -454,8 +454,8 @@ class Carrier:
         if self._line is not None:
             self._line.close()
             self._line = None
-        self._to_line.clear()
-        self._channel.broken()
+            self._to_line.clear()
+            self._channel.broken()
         return self._channel.received_up_to
 
     def _expect_nobody(self) -> None:

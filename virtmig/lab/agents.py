@@ -32,7 +32,7 @@ def agent_log(host: LabHost) -> Path:
 
 
 def start_agents(lab: Lab, settings: str = "") -> None:
-    """On both hosts; `settings` are more lines for both agent.toml (`limits.migrations_in = 1`).
+    """On both hosts, with a new key; `settings` are more lines for both agent.toml (`limits.migrations_in = 1`).
 
     Raises LabError with the log's last lines.
     """
@@ -43,13 +43,13 @@ def start_agents(lab: Lab, settings: str = "") -> None:
         start_agent(lab, host, settings)
 
 
-def start_agent(lab: Lab, host: LabHost, settings: str = "") -> None:
-    """One of them; the key must be there."""
+def start_agent(lab: Lab, host: LabHost, settings: str = "", *, access: str = "") -> None:
+    """One of them. `access` are lines in the place of those with the lab's key, which must be there else."""
     if host.state.agent is not None and host.state.agent.alive:
         raise LabError(f"an agent runs on {host.hostname} already", hint=f"kill {host.state.agent.pid}")
     (host.folder / "run" / "virtmig").mkdir(mode=0o755, exist_ok=True)
     config = host.folder / "agent.toml"
-    config.write_text(_configuration(lab, host) + settings)
+    config.write_text(_configuration(lab, host, access) + settings)
     words = [sys.executable, "-m", "virtmig.cli.main", "agent", "--config", str(config)]
     root = str(Path(__file__).resolve().parents[2])
     with open(agent_log(host), "ab") as log:
@@ -59,20 +59,20 @@ def start_agent(lab: Lab, host: LabHost, settings: str = "") -> None:
         )  # fmt: skip
     host.state.agent = Process.of(process.pid)
     lab.save()
-    socket = agent_socket(host)
-    await_true(lambda: process.poll() is not None or _accepts(socket), START_S, f"the agent of {host.hostname}",
-               agent_log(host))  # fmt: skip
+    sockets = agent_socket(host), host.folder / "run" / "virtmig" / "link.sock"  # the first and the last of its own
+    await_true(lambda: process.poll() is not None or all(map(_accepts, sockets)), START_S,
+               f"the agent of {host.hostname}", agent_log(host))  # fmt: skip
     if process.poll() is not None:
         tail = agent_log(host).read_text(errors="replace").strip().splitlines()[-5:]
         raise LabError(f"the agent of {host.hostname} has ended: {' / '.join(tail)}")
 
 
 def kill_agent(lab: Lab, host: LabHost, number: int = signal.SIGKILL) -> None:
-    """And wait until it has gone."""
-    agent = host.state.agent
+    """And wait until it has gone, its last thread too: that one still holds the sockets."""
+    agent, socket = host.state.agent, agent_socket(host)
     if agent is not None:
         agent.signal(number)
-        await_true(lambda: not agent.alive, 15.0, f"the end of the agent of {host.hostname}")
+        await_true(lambda: not agent.alive and not _accepts(socket), 15.0, f"the end of the agent of {host.hostname}")
         if host.state.agent is agent:  # another thread may have started the next one
             host.state.agent = None
             lab.save()
@@ -84,16 +84,18 @@ def _accepts(path: Path) -> bool:
     return not reachable(f"unix:{path}")
 
 
-def _configuration(lab: Lab, host: LabHost) -> str:
+def _configuration(lab: Lab, host: LabHost, access: str) -> str:
     """Dotted keys, so that more lines may follow for any table."""
     folder = f"{host.folder}/run/virtmig"
     local = "/run/virtmig" if host.full else folder
     tcp = f'"tcp:{host.state.address}:16515", ' if host.full else ""
     uri = "" if host.full else "qemu:///session"
-    return (
-        f'listen = [{tcp}"unix:{folder}/link.sock"]\n'
+    key = (
         f'security = "key"\nkey_file = "{lab.folder}/agent.key"\n'
         'allow = [{ peer = "key", rights = ["send", "receive"] }]\n'
+    )
+    return (
+        f'listen = [{tcp}"unix:{folder}/link.sock"]\n{access or key}'
         f'local.socket = "{local}/agent.sock"\n'
         f'qemu.sockets_folder = "{local}/qemu"\nqemu.libvirt_uri = "{uri}"\n'
     )
