@@ -33,7 +33,7 @@ from tests.support.qemu import QemuError
 from tests.support.recorder import Emulator
 
 #: a sample during which other work took more than this of one core is measured again, so often; the calmest counts
-_FOREIGN_SHARE = 0.2
+FOREIGN_SHARE = 0.2
 _AGAIN = 1
 _CHANNELS = (1, 2, 4)
 _WORKLOADS = ("zero", "zero-touched", "clumped", "scattered", "text")
@@ -46,7 +46,7 @@ class Item:
 
     name: str
     kind: str
-    run: Callable[[Bench], Sample]
+    run: Callable[[Any], Sample]
     often: bool = False
     needs_qemu: bool = True
 
@@ -131,14 +131,14 @@ def goals() -> list[Goal]:
     ]
 
 
-def measure(bench: Bench, chosen: Sequence[Item], rounds: int, limited: bool) -> Iterator[tuple[int, Sample | None]]:
+def measure(bench: Any, chosen: Sequence[Item], rounds: int, limited: bool) -> Iterator[tuple[int, Sample | None]]:
     """(round, sample); None: the round's limits come next, by the caller."""
     order = {item.name: number for number, item in enumerate(chosen)}
     for number in range(rounds + 1):
         due = [item for item in chosen if item.often or number % 2 or (rounds < 3 and number)]
         for item in due if number % 2 else reversed(due):
             tries = [sample := _once(bench, item)]
-            while sample["foreign_share"] > _FOREIGN_SHARE and number and len(tries) <= _AGAIN:
+            while sample["foreign_share"] > FOREIGN_SHARE and number and len(tries) <= _AGAIN:
                 tries.append(sample := _once(bench, item))
             sample = min(tries, key=lambda each: ("failed" in each, each["foreign_share"]))
             dropped = [each["foreign_share"] for each in tries if each is not sample]
@@ -148,15 +148,17 @@ def measure(bench: Bench, chosen: Sequence[Item], rounds: int, limited: bool) ->
             yield number, None
 
 
-def _once(bench: Bench, item: Item) -> Sample:
+def _once(bench: Any, item: Item) -> Sample:
     """With what else the machine did meanwhile: `foreign_share` of one processor."""
-    began, busy, own, load = time.monotonic(), _busy_s(), _own_s(), os.getloadavg()[0]
+    services = getattr(bench, "services_s", lambda: 0.0)  # processes of the benchmark's own that outlive a sample
+    services()
+    began, busy, own, load = time.monotonic(), _busy_s(), _own_s() + services(), os.getloadavg()[0]
     try:
         sample = item.run(bench)
     except (SideFailed, QemuError, OSError) as error:
         sample = {"failed": f"{type(error).__name__}: {error}"}
     wall = time.monotonic() - began
-    foreign = max(0.0, (_busy_s() - busy) - (_own_s() - own)) / wall
+    foreign = max(0.0, (_busy_s() - busy) - (_own_s() + services() - own)) / wall
     return sample | {"item": item.name, "kind": item.kind, "load": load, "foreign_share": round(foreign, 3),
                      "item_s": wall}  # fmt: skip
 
@@ -184,7 +186,7 @@ def _newest() -> Emulator | None:
     return max(emulators(), key=lambda each: tuple(map(int, each.version_name.split("."))), default=None)
 
 
-def _machine(emulator: Emulator | None) -> dict[str, Any]:
+def describe_machine(emulator: Emulator | None) -> dict[str, Any]:
     model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
         "qemu": emulator.version_name if emulator else None,
@@ -214,7 +216,7 @@ def main() -> None:
     limited = not wanted or "G" in wanted
     samples: list[Sample] = []
     found_limits: list[dict[str, float]] = []
-    machine = _machine(emulator)
+    machine = describe_machine(emulator)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was measured is shown, nothing stays in /dev/shm
     bench = Bench(emulator, options.mib, Path(tempfile.mkdtemp(prefix="virtmig-bench-", dir="/dev/shm")))
     try:
@@ -223,7 +225,7 @@ def main() -> None:
                 found_limits += [limits.measure()] if number else []
                 continue
             samples.append(sample)
-            _tell(sample, options.rounds)
+            tell(sample, options.rounds)
     except KeyboardInterrupt:
         print("bench: stopped; this is what was measured until then", file=sys.stderr)
     finally:
@@ -231,7 +233,7 @@ def main() -> None:
     _report(options, machine, samples, found_limits)
 
 
-def _tell(sample: Sample, rounds: int) -> None:
+def tell(sample: Sample, rounds: int) -> None:
     """Progress goes to the terminal only."""
     rate = f"{sample['gib_per_s']:.2f} GiB/s" if "gib_per_s" in sample else ""
     latency = f"p99 {sample['p99_us']:.0f} us" if sample.get("p99_us") else ""
@@ -245,12 +247,12 @@ def _report(
     counted = [sample for sample in samples if sample["round"] and "failed" not in sample]
     found: list[Ratio] = ratios(counted, goals())
     text = table(counted, found_limits, found)
-    disturbed = sum(sample["foreign_share"] > _FOREIGN_SHARE for sample in counted)
+    disturbed = sum(sample["foreign_share"] > FOREIGN_SHARE for sample in counted)
     notes = [
         f"{options.mib} MiB, {options.rounds} rounds, QEMU {machine['qemu']}, Linux {machine['kernel']}, Python "
         f"{machine['python']}, {machine['processors']} x {machine['model']}, load {machine['load_at_start'][0]:.1f} "
         "before",
-        f"{disturbed} of {len(counted)} samples with more than {_FOREIGN_SHARE:.0%} of a core taken by other work; "
+        f"{disturbed} of {len(counted)} samples with more than {FOREIGN_SHARE:.0%} of a core taken by other work; "
         f"{sum('failed' in sample for sample in samples)} failed",
     ]
     print("\n".join([*notes, "", text]))

@@ -105,9 +105,17 @@ SECTIONS: tuple[tuple[str, str, Columns], ...] = (
 )
 
 
-def table(samples: Sequence[Sample], limits: Sequence[dict[str, float]], found: Sequence[Ratio]) -> str:
+Sections = Sequence[tuple[str, str, Columns]]
+
+
+def table(
+    samples: Sequence[Sample],
+    limits: Sequence[dict[str, float]],
+    found: Sequence[Ratio],
+    sections: Sections = SECTIONS,
+) -> str:
     lines: list[str] = []
-    for kind, title, columns in SECTIONS:
+    for kind, title, columns in sections:
         items = _items(samples, kind)
         if items:
             lines += [title, f"{'':34}{'n':>3}" + "".join(f"{heading:>11}" for heading, _, _ in columns)]
@@ -121,7 +129,7 @@ def table(samples: Sequence[Sample], limits: Sequence[dict[str, float]], found: 
     if found:
         lines.append(f"{'Ratios by round':54}{'n':>3}{'median':>9}{'90 % interval':>16}{'goal':>7}")
         for ratio in found:
-            goal = f"{ratio.goal.least:.1f}" if ratio.goal.least is not None else ""
+            goal = f"{ratio.goal.least:.2f}" if ratio.goal.least is not None else ""
             lines.append(f"{ratio.goal.name:54}{len(ratio.values):3}{ratio.median:9.2f}"
                          f"{f'{ratio.low:.2f}..{ratio.high:.2f}':>16}{goal:>7}  {ratio.verdict}")  # fmt: skip
     return "\n".join(lines)
@@ -163,7 +171,23 @@ _ROW = 22
 _LEFT, _WIDE, _RIGHT = 360, 480, 140
 
 
-def page(title: str, notes: Sequence[str], samples: Sequence[Sample], found: Sequence[Ratio], text: str) -> str:
+Charts = Sequence[tuple[str, str, str]]
+#: (kind, figure, heading)
+CHARTS: Charts = (
+    ("moved", "gib_per_s", "Throughput, GiB/s"), ("moved", "gib_per_cpu_s", "GiB per CPU-second, both sides"),
+    ("faults", "p99_us", "Fault latency p99, µs (less is better)"),
+    ("restored", "first_beat_s", "Restore until the first heartbeat, s (less is better)"),
+)  # fmt: skip
+
+
+def page(
+    title: str,
+    notes: Sequence[str],
+    samples: Sequence[Sample],
+    found: Sequence[Ratio],
+    text: str,
+    charts: Charts = CHARTS,
+) -> str:
     """Self-contained; readable on light and dark paper."""
     parts = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{html.escape(note)}</p>" for note in notes)]
     if found:
@@ -172,11 +196,6 @@ def page(title: str, notes: Sequence[str], samples: Sequence[Sample], found: Seq
             "<p>To the right is better for virtmig; the dashed line is the goal.</p>",
             _ratio_chart(found),
         ]
-    charts = (
-        ("moved", "gib_per_s", "Throughput, GiB/s"), ("moved", "gib_per_cpu_s", "GiB per CPU-second, both sides"),
-        ("faults", "p99_us", "Fault latency p99, µs (less is better)"),
-        ("restored", "first_beat_s", "Restore until the first heartbeat, s (less is better)"),
-    )  # fmt: skip
     for kind, figure, heading in charts:
         rows = [(item, bar) for item in _items(samples, kind) if (bar := medians(samples, item, figure))]
         if rows:

@@ -106,15 +106,19 @@ def qemu(
 
 
 def fill_qemu(machine: LabQemu, pattern: Pattern, first_byte: int = 0) -> None:
-    """Its RAM, through the memory file that the process holds."""
-    folder = f"/proc/{machine.process.pid}/fd"
+    fill_process(machine.process.pid, pattern, first_byte)
+
+
+def fill_process(pid: int, pattern: Pattern, first_byte: int = 0) -> None:
+    """A QEMU's RAM, through the memory file that the process holds."""
+    folder = f"/proc/{pid}/fd"
     for name in os.listdir(folder):
         path = f"{folder}/{name}"
         with contextlib.suppress(OSError):
             if os.readlink(path).startswith("/memfd:") and os.stat(path).st_size == pattern.length:
                 _fill(pattern, path, first_byte)
                 return
-    raise SideFailed(f"{machine.name} has no memory file of {pattern.length} bytes")
+    raise SideFailed(f"process {pid} has no memory file of {pattern.length} bytes")
 
 
 def listen(machine: LabQemu) -> str:
