@@ -78,8 +78,11 @@ def test_signals_reach_a_passed_on_command(which: Path | None, words: list[str],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     eventually(lambda: listening(child.pid), "virsh waiting for events")
-    child.send_signal(number)
-    said = child.communicate(timeout=20)[0]
+    said = None
+    while said is None:  # virsh may not have come to wait for it yet
+        child.send_signal(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            said = child.communicate(timeout=5)[0]
     assert child.returncode == (1 if number == signal.SIGINT else -number)  # 1: no event was seen
     assert said.endswith("events received: 0\n\n") == (number == signal.SIGINT)
 
