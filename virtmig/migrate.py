@@ -21,7 +21,7 @@ from tenacity import retry_if_result
 from virtmig.attempts import StopRequest, may_try_again, retrying
 from virtmig.ends import Ends, check_files, open_ends
 from virtmig.engine.agents import Followed
-from virtmig.errors import PlanRefused, VirtError
+from virtmig.errors import MigrationError, PlanRefused, VirtError
 from virtmig.estimate import Estimate
 from virtmig.facts import HostFacts
 from virtmig.fitting import Fitted, fit
@@ -39,7 +39,7 @@ from virtmig.virt.connection import FENCED_KEEPALIVE
 from virtmig.virt.fence import HOLD_FLAG, Fence
 from virtmig.virt.job import MigrationJob
 from virtmig.virt.parameters import migrate_call
-from virtmig.watchers import Both, Silent, Watcher
+from virtmig.watchers import Behind, Both, Interventions, Silent, Watcher
 from virtmig.whereabouts import HostAnswer, Presence, judge, sentence
 
 log = logging.getLogger("virtmig")
@@ -61,27 +61,29 @@ def migrate(
     Start failures that may pass are tried again (`--retries`), only while nothing has moved. Raises RequestError,
     PlanRefused, ConnectionFailed, DomainNotFound before anything has started; afterwards returns an Outcome.
     """
-    watcher, stop = watcher or Silent(), stop or StopRequest()
+    stop = stop or StopRequest()
     check_files(request)
-    with open_ends(request, source_uri, stop) as ends:
+    # each is told of the other's trouble: neither waits for anybody
+    recorder = Recorder(warn=lambda text: display.message(text, "warning"))
+    display = Behind(watcher or Silent(), warn=lambda text: recorder.message(text, "warning"))
+    with open_ends(request, source_uri, stop) as ends, display:
         ends.source_facts, ends.destination_facts = find_agents(request, ends.source_facts, ends.destination_facts)
         plan = negotiate(request, ends.source_facts, ends.destination_facts, ends.guest)
-        recorder = Recorder()
         with _recorded_refusals(recorder, request, plan, ends):
             plan.raise_if_refused()
             _refuse_blind_fence(plan.request, ends)
         fitted = fit(ends.domain, request, source=ends.source.name, destination=ends.destination_name)
         foretold = _outlook(request, plan, ends) if "estimate" in request else None
         _begin_record(recorder, request, plan, ends, fitted, foretold)
-        watcher = Both(recorder, watcher)
-        watcher.start(ends.name, ends.source.name, ends.destination_name, plan)
+        display.start(ends.name, ends.source.name, ends.destination_name, plan)
+        run = _Run(ends, plan, display, stop, fitted, recorder)
         if foretold is not None:
-            watcher.message(f"forecast: {foretold.sentence}" + (f" -> {foretold.advice}" if foretold.advice else ""))
-        outcome: Outcome = retrying(request, stop, retry_if_result(may_try_again))(
-            _Run(ends, plan, watcher, stop, fitted, recorder).once
-        )
+            way_out = f" -> {foretold.advice}" if foretold.advice else ""
+            run.watcher.message(f"forecast: {foretold.sentence}{way_out}")
+        with _recorded_failures(recorder, run):
+            outcome: Outcome = retrying(request, stop, retry_if_result(may_try_again))(run.once)
         outcome = msgspec.structs.replace(outcome, report_id=recorder.id)
-        watcher.finish(outcome)
+        run.watcher.finish(outcome)
         return outcome
 
 
@@ -115,6 +117,20 @@ def _recorded_refusals(recorder: Recorder, request: MigrationRequest, plan: Plan
         raise
 
 
+@contextlib.contextmanager
+def _recorded_failures(recorder: Recorder, run: _Run) -> Iterator[None]:
+    """Whatever ends an attempt without an outcome ends the record with its reason: it was not virtmig that died."""
+    try:
+        yield
+    except PlanRefused as error:
+        recorder.refused(error.reasons)
+        raise
+    except BaseException as error:
+        with contextlib.suppress(Exception):  # a connection that broke too must not hide why
+            recorder.finish(msgspec.structs.replace(run.without_outcome(error), report_id=recorder.id))
+        raise
+
+
 def plan_only(request: MigrationRequest, *, source_uri: str | None = None) -> tuple[Plan, HostFacts, HostFacts]:
     """What `migrate` would do, refusals included, and the facts of both hosts; starts nothing."""
     check_files(request)
@@ -133,18 +149,21 @@ class _Run:
     """One attempt: start the job, watch it, conclude. The state of an attempt, nothing of the next."""
 
     def __init__(
-        self, ends: Ends, plan: Plan, watcher: Watcher, stop: StopRequest, fitted: Fitted, recorder: Recorder
+        self, ends: Ends, plan: Plan, display: Watcher, stop: StopRequest, fitted: Fitted, recorder: Recorder
     ) -> None:
+        self.made_at = time.monotonic()
+        self.display = display
+        self.watcher = Both(recorder, display)
         self.fitted = fitted
         self.recorder = recorder
         self.rates = ChannelRates()
         self.ends = ends
         self.plan = plan
         self.request = plan.request
-        self.watcher = watcher
         self.stop = stop
 
     def once(self) -> Outcome:
+        self.begun = False
         fenced = "fence" in self.request
         self.relay = self._shake_hands() if self.plan.transport == "relay" else None
         to_libvirt = self.relay.request if self.relay else self.request
@@ -161,12 +180,14 @@ class _Run:
         self.policy = Policy.from_request(self.request)
         self.history = History()
         self.passes = PassCounter()
+        self.interventions = Interventions(postcopy="postcopy-resume" in self.request)
         self.started = False
         self.events_kept = 0
         self.stops_seen = len(self.stop.requests)
         self.previous_downtime_ms = self._set_downtime_limit()
         try:
             self.job.start()
+            self.begun = True
             while not self.job.wait(SAMPLE_S):
                 self._turn()
                 if self.detached:
@@ -206,6 +227,8 @@ class _Run:
 
     # -- watching --------------------------------------------------------------------------------------------------
 
+    begun = False
+    started = False
     detached = False
     split = False
     gave_up = ""
@@ -226,6 +249,9 @@ class _Run:
                 progress, full_passes=self.passes.update(progress), channel_bytes_per_s=self.rates.now
             )
             self.started = self.started or bool(progress.processed_bytes)
+            for text, what, value in self.interventions.update(progress):
+                self.recorder.intervened(text, what, value)
+                self.display.message(text)
             decision = decide(self.policy, self.history, progress, time.monotonic())
             self.history.add(progress, decision, time.monotonic())
             self.watcher.sample(progress, forecast(self.history, self.policy))
@@ -252,6 +278,7 @@ class _Run:
                     self.job.suspend()
                 case Action.ABORT:
                     self.job.abort()
+            self.interventions.ours(decision)
         except VirtError as error:
             self.history.failed(decision)
             self.watcher.message(f"{decision.action.value} was refused: {error}", "warning")
@@ -396,7 +423,31 @@ class _Run:
             error=self.gave_up or (error.message if error else ""),
             error_code=error.code if error else -1,
             error_domain=error.domain if error else -1,
-            hint=hint or self._hint(place),
+            hint=hint or self._hint(place, detached=status is Status.DETACHED),
+            started=self.started,
+        )
+
+    def without_outcome(self, error: BaseException) -> Outcome:
+        """For the record alone, where an error ended it: `begun` tells whether libvirt's job may go on without us."""
+        ends, known = self.ends, error if isinstance(error, MigrationError) else None
+        place = Whereabouts.SPLIT if "postcopy-resume" in self.request else Whereabouts.SOURCE
+        words = f"nothing was started; {ends.name} is where it was"
+        if self.begun:
+            place = Whereabouts.UNKNOWN
+            words = f"the migration of {ends.name} may go on without virtmig; both hosts can tell where the guest is"
+        place = known.guest if known is not None and known.guest is not None else place
+        return Outcome(
+            status=Status.FAILED,
+            guest=place,
+            domain=ends.name,
+            source=ends.source.name,
+            destination=ends.destination_name,
+            sentence=words,
+            elapsed_s=time.monotonic() - self.made_at,
+            error=known.message if known is not None else f"{type(error).__name__}: {error}",
+            error_code=error.code if isinstance(error, VirtError) else -1,
+            error_domain=error.domain if isinstance(error, VirtError) else -1,
+            hint=(known.hint if known is not None else "") or self._hint(place),
             started=self.started,
         )
 
@@ -410,8 +461,10 @@ class _Run:
             return f"{name} still runs on {source.name}; its copy on {destination.name} is held by the fence"
         return sentence(name, place, source, destination)
 
-    def _hint(self, place: Whereabouts) -> str:
+    def _hint(self, place: Whereabouts, *, detached: bool = False) -> str:
         name = self.ends.name
+        if detached:  # nothing is broken: it goes on
+            return f"virtmig -c '{self.ends.source.full_uri()}' watch {name}"
         mine, theirs = f"virsh -c '{self.ends.source.full_uri()}'", f"virsh -c '{self.request.destination_uri}'"
         match place:
             case Whereabouts.SPLIT:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.support.lab import LabGuest
 from virtmig.engine.agents import ask_sessions
 from virtmig.lab.agents import agent_address, agent_socket
 from virtmig.lab.hosts import LabHost
@@ -25,8 +26,9 @@ def through(source: LabHost, destination: LabHost, address: str = "") -> dict[st
             "destination_agent": address or agent_address(destination)}  # fmt: skip
 
 
-def sessions(host: LabHost) -> tuple[SessionRecord, ...]:
-    return ask_sessions(agent_socket(host))
+def sessions(host: LabHost, guest: LabGuest | None = None) -> tuple[SessionRecord, ...]:
+    """What that host's agent keeps of migrations, or of this guest's."""
+    return tuple(known for known in ask_sessions(agent_socket(host)) if guest is None or known.domain == guest.name)
 
 
 def left_behind(lab: Lab) -> list[str]:

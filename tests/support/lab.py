@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import libvirt
 import pytest
 
 from virtmig.errors import LabError
+from virtmig.lab.agents import agent_log
 from virtmig.lab.guest import GuestSettings
 from virtmig.lab.hosts import LabHost
 from virtmig.lab.lab import FULL, SESSION, Lab, check_tools
@@ -84,6 +85,19 @@ class LabGuest:
             with contextlib.suppress(libvirt.libvirtError):
                 connection.close()
         self.lab.remove_guest(self.name)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that failed in a lab shows what its agents have said."""
+    report = yield
+    if report.failed:
+        labs = {id(value): value for value in getattr(item, "funcargs", {}).values() if isinstance(value, Lab)}
+        for host in [host for each in labs.values() for host in each.hosts]:
+            if (log := agent_log(host)).exists():
+                tail = log.read_text(errors="replace").splitlines()[-40:]
+                report.sections.append((f"the agent of {host.hostname}", "\n".join(tail)))
+    return report
 
 
 def _start(form: str, user: str = "") -> Iterator[Lab]:

@@ -35,7 +35,11 @@ def test_driver() -> Iterator[Any]:
 @pytest.fixture
 def opal(tmp_path: Path) -> Iterator[Any]:
     """A running domain of a test driver of its own: the default one is shared by the whole process."""
-    domain = "<domain type='test'><name>opal</name><memory>9</memory><os><type arch='i686'>hvm</type></os></domain>"
+    domain = (
+        "<domain type='test'><name>opal</name><memory unit='MiB'>9</memory><os><type arch='i686'>hvm</type></os>"
+        "<devices><disk type='file' device='disk'><source file='/guest/image'/><target dev='vda'/></disk></devices>"
+        "</domain>"
+    )
     file = tmp_path / "node.xml"
     file.write_text(f"<node>{domain}</node>")
     connection = open_connection(f"test://{file}")
@@ -58,10 +62,10 @@ def test_a_driver_that_knows_little_leaves_the_rest_unknown(test_driver: Any) ->
     assert msgspec.json.decode(msgspec.json.encode(facts), type=HostFacts) == facts
 
 
-def test_a_guest_of_that_driver(test_driver: Any) -> None:
-    facts = gather_guest_facts(test_driver.lookupByName("test"))
-    assert (facts.name, facts.state, facts.persistent, facts.snapshots) == ("test", "running", True, 0)
-    assert facts.memory_bytes == 8 << 30
+def test_a_guest_of_that_driver(opal: Any) -> None:
+    facts = gather_guest_facts(opal)
+    assert (facts.name, facts.state, facts.persistent, facts.snapshots) == ("opal", "running", True, 0)
+    assert facts.memory_bytes == 9 << 20
     assert facts.job is None  # the driver has no job statistics
     assert facts.block_job is None
     assert [disk.storage for disk in facts.disks] == ["unknown"]

@@ -246,9 +246,10 @@ class _Following:
         self._client.say(Exchanged(source=here, name=type(message).__name__, ms=self._ms(), content=content))
 
     def changed(self, session: Session, state: State, words: str) -> None:
-        if state not in FINAL:  # `over` says those
-            level = self._log.warning if state is State.RECONNECTING else self._log.info
-            level(str(state), **({"detail": words} if words else {}))
+        if state in FINAL:  # `over` has said it, with reasons
+            return
+        level = self._log.warning if state is State.RECONNECTING else self._log.info
+        level(str(state), **({"detail": words} if words else {}))
         if state is State.ESTABLISHED:
             self._established(session)
         elif state is not State.OPENING or self._entry:

@@ -163,9 +163,10 @@ class _Responding:
             self._log = self._log.bind(domain=message.guest.name)
 
     def changed(self, session: Session, state: State, words: str) -> None:
-        if state not in FINAL:  # `over` says those
-            level = self._log.warning if state is State.RECONNECTING else self._log.info
-            level(str(state), **({"detail": words} if words else {}))
+        if state in FINAL:  # `over` has said it, with reasons
+            return
+        level = self._log.warning if state is State.RECONNECTING else self._log.info
+        level(str(state), **({"detail": words} if words else {}))
         proposal = session.side.proposal
         if state is State.ESTABLISHED and proposal is not None:
             record = SessionRecord(

@@ -6,6 +6,7 @@ of others. A line that cannot be read (the last one after a crash, or one of a n
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,8 @@ VERSION = 1
 RECORD_ID = "VIRTMIG_RECORD_ID"
 SUFFIX = ".jsonl"
 KEPT_RECORDS = 500
+#: of which so many may be refusals, when there are too many: trying in vain must not push out what has happened
+KEPT_REFUSALS = 50
 KEPT_BYTES = 256 << 20
 ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
 
@@ -54,6 +57,8 @@ class Began(_Row, frozen=True, kw_only=True, omit_defaults=True, tag="began"):
     changes: tuple[str, ...] = ()  # of the domain XML, with their rules
     estimate: Estimate | None = None  # what was foretold, with --estimate
     pid: int = 0
+    boot_id: str = ""  # of the host it ran on: a pid means nothing after a reboot, or elsewhere
+    start_ticks: int = 0  # when the process began, in clock ticks since boot: pids are used again
 
 
 class Sampled(_Row, frozen=True, kw_only=True, omit_defaults=True, tag="sample"):
@@ -68,8 +73,15 @@ class Decided(_Row, frozen=True, kw_only=True, omit_defaults=True, tag="decision
 
 
 class Said(_Row, frozen=True, kw_only=True, omit_defaults=True, tag="message"):
+    """What a person was told. With `what`: what somebody else did to the migration, with virsh, the API or a manager.
+
+    `what`: max-downtime (`value` is ms from now on), bandwidth (bytes per second), postcopy (no value).
+    """
+
     text: str
     level: str = "info"
+    what: str = ""
+    value: int | None = None
 
 
 class Event(_Row, frozen=True, kw_only=True, omit_defaults=True, tag="event"):
@@ -139,6 +151,10 @@ class Record(msgspec.Struct, frozen=True):
         return [row for row in self.rows if isinstance(row, Decided)]
 
     @property
+    def interventions(self) -> list[Said]:
+        return [row for row in self.rows if isinstance(row, Said) and row.what]
+
+    @property
     def outcome(self) -> Outcome | None:
         return next((row.outcome for row in reversed(self.rows) if isinstance(row, Ended)), None)
 
@@ -153,11 +169,36 @@ class Record(msgspec.Struct, frozen=True):
             return str(self.outcome.status)
         if self.refusals:
             return "refused"
-        return "running" if _alive(self.began.pid) else "broken off"
+        return "running" if alive(self.began) else "broken off"
 
 
-def _alive(pid: int) -> bool:
-    return pid > 0 and Path(f"/proc/{pid}").exists()
+def alive(began: Began) -> bool:
+    """Whether the very process that writes this record still runs on this host.
+
+    A record without a boot id is of an older virtmig: its pid is all there is to go by.
+    """
+    if began.pid <= 0 or (began.boot_id and began.boot_id != boot_id()):
+        return False
+    ticks = start_ticks(began.pid)
+    return ticks is not None and began.start_ticks in (0, ticks)
+
+
+def boot_id() -> str:
+    """Of this host since its last start; "" where the kernel does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def start_ticks(pid: int) -> int | None:
+    """Field 22 of /proc/PID/stat, clock ticks since boot; None for a process that is not there or has ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    fields = stat[stat.rfind(b")") + 1 :].split()  # the name may hold blanks and brackets
+    return None if len(fields) < 20 or fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 def records_folder() -> Path | None:
@@ -219,12 +260,33 @@ def _files(folder: Path) -> list[Path]:
 
 
 def forget_old(folder: Path) -> None:
-    """Remove the oldest beyond KEPT_RECORDS and KEPT_BYTES. Raises OSError."""
-    total = 0
-    for number, path in enumerate(_files(folder)):
-        total += path.stat().st_size
-        if number >= KEPT_RECORDS or total > KEPT_BYTES:
+    """Remove the oldest beyond KEPT_RECORDS and KEPT_BYTES, and refusals first.
+
+    Others may do the same at the same time: a file that is gone or not ours to remove is passed over.
+    """
+    sizes: dict[Path, int] = {}
+    for path in _files(folder):
+        with contextlib.suppress(OSError):
+            sizes[path] = path.lstat().st_size
+    if len(sizes) <= KEPT_RECORDS and sum(sizes.values()) <= KEPT_BYTES:
+        return
+    refusals = [path for path in sizes if _refused(path)][KEPT_REFUSALS:]
+    many, total = len(sizes), sum(sizes.values())
+    for path in dict.fromkeys((*reversed(refusals), *reversed(sizes))):  # the oldest first
+        if many <= KEPT_RECORDS and total <= KEPT_BYTES:
+            return
+        with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
+            many, total = many - 1, total - sizes[path]
+
+
+def _refused(path: Path) -> bool:
+    """Whether a record ends with a refusal; cheaper than reading it."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - (64 << 10)))
+        return b'\n{"row":"refused"' in file.read()
+    return False
 
 
 def redacted(record: Record) -> list[bytes]:
