@@ -404,6 +404,7 @@ HIT_AND_MISS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
         {"destination_libvirt": version(11, 2)}, {"destination_libvirt": version(11, 1, 9)},
     ),
     "resume-reported-failed": ({"source_libvirt": version(10, 9)}, {"source_libvirt": version(11)}),
+    "recovery-must-not-break": ({"source_qemu": version(8, 1)}, {"source_qemu": version(8, 2)}),
     "nbd-broken": ({"destination_libvirt": version(8, 7)}, {"destination_libvirt": version(8, 8)}),
     "tunnelled-storage-goes-on": ({"source_libvirt": version(9)}, {"source_libvirt": version(9, 1)}),
     "restart-during-migration-crashes": ({"source_libvirt": version(8, 8)}, {"source_libvirt": version(8, 9)}),

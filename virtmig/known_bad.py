@@ -120,6 +120,12 @@ KNOWN_BAD: tuple[KnownBad, ...] = (
              consequence="libvirt may report a recovery as failed that in fact goes on",
              way_out="believe the hosts, not the error: ask both for the domain's state afterwards",
              source="libvirt NEWS 11.0.0, RHEL-73085"),
+    KnownBad(name="recovery-must-not-break", kind="warn", feature="postcopy-resume", when=("postcopy-resume",),
+             ranges=(Range("either", "qemu", 0, version(8, 2)),),
+             consequence="this QEMU ends with a segmentation fault, and the guest with it, if the connection breaks "
+                         "again while the recovery is still negotiated",
+             way_out="see first that the network between the hosts is sound again; broken later it pauses once more",
+             source="QEMU commit f8c543e808f2; seen with 7.2.22"),
     KnownBad(name="nbd-broken", kind="refuse", feature="storage-copy", when=("storage-copy",),
              ranges=(Range("either", "libvirt", version(8, 7), version(8, 8)),),
              consequence="migration with storage copy over NBD is broken in libvirt 8.7",
