@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from collections import Counter
 
 import pytest
@@ -16,6 +17,13 @@ pytest_plugins = ["tests.support.lab"] if importlib.util.find_spec("tests.suppor
 def _records_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Migrations in tests leave their records in a folder of the run."""
     os.environ["VIRTMIG_RECORDS"] = str(tmp_path_factory.mktemp("records"))
+
+
+def pytest_configure() -> None:
+    """Under nohup, or in the background of a script, HUP and INT are ignored: what tests start would inherit that."""
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -122,8 +122,8 @@ def test_sockets_that_systemd_hands_over() -> None:
             listening.listen()
         ordered = [made[0], made[2], datagrams, made[1]]  # the third is not listening
         # dup2 into the child's 3.. happens in a shell of descriptors: Popen keeps numbers, so move them there first
-        mover = "import os, sys\nfds = [int(x) for x in sys.argv[1].split()]\n"
-        mover += "moved = [os.dup2(os.dup(fd), 100 + i) for i, fd in enumerate(fds)]\n"
+        mover = "import fcntl, os, sys\nfds = [int(x) for x in sys.argv[1].split()]\n"
+        mover += "moved = [fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for fd in fds]\n"
         mover += "[os.dup2(fd, 3 + i) for i, fd in enumerate(moved)]\nsys.argv = ['-', *sys.argv[2:]]\n"
         try:
             done = subprocess.run(
