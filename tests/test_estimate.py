@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from virtmig.estimate import STOP_MS, Estimate, estimate
+from virtmig.estimate import STOP_MS, Estimate, chance_text, estimate
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -78,3 +78,48 @@ def test_the_range_is_a_range_and_the_chance_falls_with_the_guests_writing(r: fl
 def test_nothing_is_told_of_nothing(memory: int, rate: float) -> None:
     with pytest.raises(ValueError, match="memory and a rate"):
         estimate(memory_bytes=memory, dirty_bytes_per_s=0, rate_bytes_per_s=rate)
+
+
+def sampled(seen: int, *, seconds: int = 1, rate: float = 48 * MIB) -> Estimate:
+    """Of a guest of 128 MiB, whose 64 sampled pages stand for 2 MiB each."""
+    step = 2 * MIB / seconds
+    return estimate(memory_bytes=128 * MIB, dirty_bytes_per_s=seen * step, dirty_step_bytes_per_s=step,
+                    rate_bytes_per_s=rate)  # fmt: skip
+
+
+def test_few_sampled_pages_leave_much_open() -> None:
+    """A guest that writes 8 MiB/s shows one page or nine of a second's sample: each range has to hold the true time."""
+    exact = estimate(memory_bytes=128 * MIB, dirty_bytes_per_s=8 * MIB, rate_bytes_per_s=48 * MIB)
+    for seen in (1, 2, 4, 7):
+        found = sampled(seen)
+        assert found.high_s is not None
+        assert found.low_s <= exact.low_s + 0.2
+        assert found.high_s >= exact.low_s
+    assert sampled(4).high_s > exact.high_s  # type: ignore[operator]
+    assert "(4 of the sampled pages)" in sampled(4).sentence
+
+
+def test_none_seen_written_is_not_nothing_written() -> None:
+    found, longer = sampled(0), sampled(0, seconds=4)
+    assert found.high_s is not None
+    assert found.high_s > found.low_s + 1.0
+    assert longer.high_s is not None
+    assert longer.high_s < found.high_s
+    assert "writes little" in found.sentence
+    assert 0.9 < found.chance < longer.chance <= 1.0
+
+
+def test_the_more_is_seen_the_surer_it_is() -> None:
+    wide, narrow = sampled(4, seconds=1), sampled(40, seconds=10)
+    assert wide.dirty_bytes_per_s == narrow.dirty_bytes_per_s
+    assert wide.high_s is not None
+    assert narrow.high_s is not None
+    assert wide.high_s - wide.low_s > narrow.high_s - narrow.low_s
+    assert "sampled pages" not in narrow.sentence
+
+
+def test_nothing_is_called_certain() -> None:
+    assert [chance_text(chance) for chance in (0.0, 0.004, 0.5, 0.98, 0.999, 1.0)] == [
+        "1 % or less", "1 % or less", "50%", "98%", "99 % or more", "99 % or more",
+    ]  # fmt: skip
+    assert "100%" not in told(0.0).sentence

@@ -319,6 +319,19 @@ def test_each_step_has_a_pass_to_show_its_effect() -> None:
     assert len(set(passes)) == len(passes)
 
 
+def test_a_limit_that_somebody_else_set_counts_more_than_the_last_step() -> None:
+    policy, history = Policy(max_downtime_ceiling_ms=900), _stalled_history()
+    history.add(sample(98.0, downtime_limit_ms=300), Decision(action=Action.CONTINUE, reason="", notable=False), 98.0)
+    step = decide(policy, history, sample(98.5, downtime_limit_ms=300), 98.5)
+    history.add(sample(98.5, downtime_limit_ms=300), step, 98.5)
+    assert history.downtime_limit_ms == step.value
+    assert history.changed_limit_ms(sample(99.0, downtime_limit_ms=711)) == 711
+    history.add(sample(99.0, downtime_limit_ms=711), Decision(action=Action.CONTINUE, reason="", notable=False), 99.0)
+    assert history.downtime_limit_ms == 711
+    history.failed(step)
+    assert history.downtime_limit_ms is None
+
+
 def test_the_first_step_starts_from_the_limit_in_force() -> None:
     for sample_limit, asked, start in ((None, None, 300), (None, 450, 450), (640, 450, 640)):
         policy = Policy(max_downtime_ceiling_ms=900, max_downtime_ms=asked)

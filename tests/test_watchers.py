@@ -130,3 +130,22 @@ def test_interventions() -> None:
     assert at(1, 313, Phase.POSTCOPY) == []
     seen = Interventions(postcopy=True)
     assert at(1, 313, Phase.POSTCOPY) == []
+
+
+def test_a_speed_that_somebody_set_is_told_once() -> None:
+    def at(second: float, speed: int | None, postcopy_speed: int | None = None) -> list[tuple[str, str, int | None]]:
+        now = Progress(elapsed_s=second, bandwidth_limit_bytes_per_s=speed,
+                       postcopy_bandwidth_limit_bytes_per_s=postcopy_speed)  # fmt: skip
+        return list(seen.update(now))
+
+    seen = Interventions()
+    assert at(1, None) == []
+    told = "the bandwidth was changed by somebody else: 17.0 MiB/s from now on"
+    assert at(2, 17 << 20) == [(told, "bandwidth", 17 << 20)]
+    assert at(3, 17 << 20) == []
+    ((words, what, value),) = at(4, 17 << 20, 0)
+    assert (words, what, value) == (
+        "the postcopy bandwidth was changed by somebody else: unlimited from now on", "postcopy-bandwidth", 0
+    )  # fmt: skip
+    ((words, _, _),) = at(5, 8796093022207 << 20, 0)
+    assert "unlimited" in words

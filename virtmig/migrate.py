@@ -28,7 +28,7 @@ from virtmig.fitting import Fitted, fit
 from virtmig.forecast import forecast
 from virtmig.link.asking import Carried, Changed, Ended
 from virtmig.obstacles import Caution
-from virtmig.outlook import outlook
+from virtmig.outlook import Outlook, outlook
 from virtmig.plan import Plan, negotiate
 from virtmig.policy import Action, Decision, History, Policy, decide
 from virtmig.progress import Outcome, PassCounter, Phase, Progress, Status, Whereabouts
@@ -73,13 +73,13 @@ def migrate(
             plan.raise_if_refused()
             _refuse_blind_fence(plan.request, ends)
         fitted = fit(ends.domain, request, source=ends.source.name, destination=ends.destination_name)
-        foretold = _outlook(request, plan, ends) if "estimate" in request else None
-        _begin_record(recorder, request, plan, ends, fitted, foretold)
+        foretold = _outlook(plan, ends) if "estimate" in request else None
+        _begin_record(recorder, request, plan, ends, fitted, foretold.estimate if foretold else None)
         display.start(ends.name, ends.source.name, ends.destination_name, plan)
         run = _Run(ends, plan, display, stop, fitted, recorder)
         if foretold is not None:
             way_out = f" -> {foretold.advice}" if foretold.advice else ""
-            run.watcher.message(f"forecast: {foretold.sentence}{way_out}")
+            run.watcher.message(f"forecast: {foretold.words}{way_out}")
         with _recorded_failures(recorder, run):
             outcome: Outcome = retrying(request, stop, retry_if_result(may_try_again))(run.once)
         outcome = msgspec.structs.replace(outcome, report_id=recorder.id)
@@ -100,11 +100,8 @@ def _begin_record(
                    changes=changes, estimate=foretold)  # fmt: skip
 
 
-def _outlook(request: MigrationRequest, plan: Plan, ends: Ends) -> Estimate | None:
-    if plan.refused:
-        return None
-    return outlook(ends.source.connection, ends.domain, request, ends.guest, source=plan.source,
-                   destination=plan.destination)  # fmt: skip
+def _outlook(plan: Plan, ends: Ends) -> Outlook | None:
+    return None if plan.refused else outlook(ends.source.connection, ends.domain, plan, ends.guest)
 
 
 @contextlib.contextmanager
@@ -139,8 +136,8 @@ def plan_only(request: MigrationRequest, *, source_uri: str | None = None) -> tu
         plan = negotiate(request, ends.source_facts, ends.destination_facts, ends.guest)
         fitted = fit(ends.domain, request, source=ends.source.name, destination=ends.destination_name)
         notes = tuple(Caution("xml", f"{change}  [{change.rule}]") for change in fitted.changes)
-        if (found := _outlook(request, plan, ends)) is not None:
-            notes += (Caution("forecast", found.sentence, found.advice),)
+        if (found := _outlook(plan, ends)) is not None:
+            notes += (Caution("forecast", found.words, found.advice),)
         plan = msgspec.structs.replace(plan, notes=plan.notes + notes)
         return plan, ends.source_facts, ends.destination_facts
 

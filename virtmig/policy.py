@@ -101,6 +101,7 @@ class History:
         self.tried: list[Decision] = []  # notable decisions, also those that failed
         self.postcopy_started = False
         self._counter = PassCounter()
+        self.downtime_limit_ms: int | None = None  # set last, by a decision or by others
         self._passes_at_step: int | None = None
         self._failed: list[Decision] = []
 
@@ -122,6 +123,8 @@ class History:
 
     def add(self, progress: Progress, decision: Decision, now: float) -> None:
         """Keep one sample and what was decided on it; a decision is held to succeed until `failed` is called."""
+        if self.changed_limit_ms(progress) is not None:
+            self.downtime_limit_ms = progress.downtime_limit_ms
         self.samples.append(progress)
         self._counter.update(progress)
         if self.moving_since is None and progress.total_bytes:
@@ -131,6 +134,7 @@ class History:
         if decision.notable:
             self.tried.append(decision)
         if decision.action is Action.SET_DOWNTIME:
+            self.downtime_limit_ms = decision.value
             self._passes_at_step = self.full_passes
         if decision.action is Action.START_POSTCOPY:
             self.postcopy_started = True
@@ -138,6 +142,8 @@ class History:
     def failed(self, decision: Decision) -> None:
         """The hypervisor refused it: it is not tried again, and other actions stay possible."""
         self._failed.append(decision)
+        if decision.action is Action.SET_DOWNTIME:
+            self.downtime_limit_ms = None
         if decision.action is Action.START_POSTCOPY:
             self.postcopy_started = any(s.phase in (Phase.POSTCOPY, Phase.POSTCOPY_PAUSED) for s in self.samples)
 
@@ -152,10 +158,10 @@ class History:
         """Whether a terminal action was taken: nothing is left to decide."""
         return self.postcopy_started or any(decision.action in TERMINAL for decision in self.taken)
 
-    @property
-    def downtime_limit_ms(self) -> int | None:
-        """The limit last set by a decision, which a sample may not show yet."""
-        return next((d.value for d in reversed(self.taken) if d.action is Action.SET_DOWNTIME), None)
+    def changed_limit_ms(self, progress: Progress) -> int | None:
+        """The downtime limit of a sample that is not added yet, where it is another one than in the sample before."""
+        before = self.samples[-1].downtime_limit_ms if self.samples else None
+        return progress.downtime_limit_ms if before is not None and progress.downtime_limit_ms != before else None
 
     @property
     def passes_since_step(self) -> int | None:
@@ -261,7 +267,8 @@ def _raise_downtime(
 
 
 def _limit_in_force(policy: Policy, history: History, progress: Progress) -> int:
-    set_ms = history.downtime_limit_ms
+    """Of a decision, which a sample may not show yet, unless a sample shows a change since then."""
+    set_ms = history.changed_limit_ms(progress) or history.downtime_limit_ms
     if set_ms is not None:
         return set_ms
     return progress.downtime_limit_ms or policy.max_downtime_ms or DEFAULT_DOWNTIME_MS

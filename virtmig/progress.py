@@ -58,11 +58,14 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     disk_remaining_bytes: int | None = None
     memory_bytes_per_s: int | None = None  # what went over the wire
     disk_bytes_per_s: int | None = None
-    dirty_bytes_per_s: int | None = None  # what the guest writes: libvirt's pages per second times the page size
+    #: what the guest writes: libvirt's pages per second times the page size; unknown in the first pass and in postcopy
+    dirty_bytes_per_s: int | None = None
     iteration: int | None = None  # QEMU's dirty-sync-count; on QEMU 11 it grows every 100 ms, not once per pass
     full_passes: int = 0  # how many times all of memory has gone over once, counted from bytes, QEMU-independent
     expected_downtime_ms: int | None = None
     downtime_limit_ms: int | None = None
+    bandwidth_limit_bytes_per_s: int | None = None  # set while it runs (migrate-setspeed); 0: none
+    postcopy_bandwidth_limit_bytes_per_s: int | None = None
     setup_ms: int | None = None
     throttle_percent: int | None = None  # auto-converge: share of CPU time taken from the guest
     postcopy_requests: int | None = None  # pages the destination had to ask for

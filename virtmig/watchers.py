@@ -18,9 +18,13 @@ from virtmig.agreement import Plan
 from virtmig.forecast import Forecast
 from virtmig.policy import Action, Decision
 from virtmig.progress import Outcome, Phase, Progress
+from virtmig.quantities import rate_text
+from virtmig.verbs import UNLIMITED_MIB_S
 
 log = logging.getLogger("virtmig")
 
+#: what libvirt takes for no limit (QEMU_DOMAIN_MIG_BANDWIDTH_MAX)
+UNLIMITED_BYTES_PER_S = UNLIMITED_MIB_S << 20
 #: calls that wait at most; more than a migration makes in minutes, and a few megabytes
 MOST_WAITING = 1000
 
@@ -194,6 +198,7 @@ class Interventions:
     def __init__(self, *, postcopy: bool = False) -> None:
         self._postcopy = postcopy
         self._limit_ms: int | None = None
+        self._speeds: dict[str, int | None] = {}
         self._at_s = -1.0
 
     def ours(self, decision: Decision) -> None:
@@ -214,6 +219,12 @@ class Interventions:
             if before is not None and before != now_ms:
                 words = f"the downtime limit was changed by somebody else: {before} -> {now_ms} ms"
                 yield words, "max-downtime", now_ms
+        for what, speed in (("bandwidth", progress.bandwidth_limit_bytes_per_s),
+                            ("postcopy-bandwidth", progress.postcopy_bandwidth_limit_bytes_per_s)):  # fmt: skip
+            if speed is not None and speed != self._speeds.get(what):
+                self._speeds[what] = speed
+                words = rate_text(speed) if 0 < speed < UNLIMITED_BYTES_PER_S else "unlimited"
+                yield f"the {what.replace('-', ' ')} was changed by somebody else: {words} from now on", what, speed
         if progress.phase in (Phase.POSTCOPY, Phase.POSTCOPY_PAUSED) and not self._postcopy:
             self._postcopy = True
             yield "postcopy was started by somebody else", "postcopy", None

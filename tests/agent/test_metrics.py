@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.two_agents import Host, Migration, dial, ends, eventually, nothing_left
 from virtmig.agent.config import MetricsSection, parse_config
+from virtmig.agent.metrics import MOST_CONNECTIONS, _Handler
 from virtmig.errors import ChannelError, RequestError
 
 Samples = dict[tuple[str, tuple[str, ...]], float]
@@ -60,6 +64,19 @@ def test_who_was_refused(place: Path) -> None:
             assert ends(rude)
         eventually(lambda: scraped(host)["virtmig_agent_refused_connections_total", ()] == 1)
         eventually(lambda: scraped(host)["virtmig_agent_greetings", ()] == 0)
+
+
+def test_idle_connections_take_no_threads_without_bound_and_keep_no_scraper_out(place: Path) -> None:
+    with Host(place / "b", metrics=MetricsSection(listen="tcp:127.0.0.1:0")) as host, ExitStack() as sockets:
+        server = host.agent._metrics_server
+        assert server is not None
+        before = threading.active_count()
+        for _ in range(5 * MOST_CONNECTIONS):
+            idle = sockets.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=10))
+            idle.sendall(b"GET /metr")
+            assert threading.active_count() <= before + MOST_CONNECTIONS
+        assert scraped(host)["virtmig_agent_greetings", ()] == 0
+        assert _Handler.timeout == 5.0
 
 
 def test_an_address_that_is_taken_is_said_before_the_agent_runs(place: Path) -> None:

@@ -105,6 +105,12 @@ def test_a_killed_api_leaves_the_migration_alone_and_a_new_one_shows_it(
     eventually(lambda: api.show(one)["memory_processed_bytes"] > before, "more of its memory")
     limits = api.client.patch(f"/v1/migrations/{one}/limits", json={"bandwidth": 1000, "max_downtime": 900})
     assert limits.status_code == 200, limits.text
+    slowed = api.client.patch(f"/v1/migrations/{one}/limits", json={"bandwidth": 5, "max_downtime": 700})
+    assert slowed.status_code == 200, slowed.text
+    log = f"/v1/migrations/{one}/log"
+    eventually(lambda: "-> 700 ms" in (text := api.client.get(log).text) and "5.00 MiB/s from" in text, "the limits")
+    assert api.show(one)["downtime_limit_ms"] == 700
+    api.client.patch(f"/v1/migrations/{one}/limits", json={"bandwidth": 1000}).raise_for_status()
     done = api.until(one, running=False)
     assert (done["status"], done["guest"], done["started_by"]) == ("completed", "destination", "api")
     assert done["sentence"].startswith(f"{fresh.name} now runs on")
@@ -163,7 +169,8 @@ def test_an_abort_before_anything_moves(api: ApiProcess, lab: Lab, guest: GuestF
 def test_a_switch_to_postcopy(full_lab: Lab, folder: Path, guest: GuestFactory) -> None:
     fresh = guest(dirty_mib_s=None)
     api = ApiProcess(full_lab, folder)
-    one = api.start(fresh, bandwidth=32, postcopy=True, on_stall="continue", max_downtime=1).json()["id"]
+    one = api.start(fresh, bandwidth=32, postcopy=True, postcopy_bandwidth=24, on_stall="continue", max_downtime=1)
+    one = one.json()["id"]
     api.until(one, phase="precopy")
     reply = api.client.post(f"/v1/migrations/{one}/postcopy")
     assert reply.status_code == 202, reply.text
@@ -171,7 +178,40 @@ def test_a_switch_to_postcopy(full_lab: Lab, folder: Path, guest: GuestFactory) 
     assert (ended["status"], ended["guest"]) == ("completed", "destination")
     names = [line for line in api.client.get(f"/v1/migrations/{one}/events").text.splitlines() if "event:" in line]
     assert names[-1] == "event: end"
-    assert '"phase":"postcopy"' in api.client.get(f"/v1/migrations/{one}/events").text
+    events = api.client.get(f"/v1/migrations/{one}/events").text
+    samples = [json.loads(line[6:]) for line in events.splitlines() if line.startswith('data: {"at_s"')]
+    moved = [row for row in samples if row.get("phase") == "postcopy"]
+    assert not any("dirty_bytes_per_s" in row for row in moved)
+    took_s = moved[-1]["at_s"] - moved[0]["at_s"]
+    assert ended["observed_downtime_ms"] < 1000 * took_s, "to the guest's start, not to the end of its memory"
+    assert "postcopy was started by somebody else" in api.client.get(f"/v1/migrations/{one}/log").text
+    fresh.check(full_lab.b)
+    api.close()
+
+
+@pytest.mark.slow
+def test_a_postcopy_that_was_let_go_of_is_followed_to_its_end(full_lab: Lab, folder: Path, guest: GuestFactory) -> None:
+    fresh = guest(dirty_mib_s=None)
+    api = ApiProcess(full_lab, folder)
+    one = api.start(fresh, bandwidth=32, postcopy=True, postcopy_bandwidth=3, on_stall="continue", max_downtime=1)
+    one = one.json()["id"]
+    api.until(one, phase="precopy")
+    api.client.post(f"/v1/migrations/{one}/postcopy").raise_for_status()
+    api.until(one, phase="postcopy")
+    late = api.client.patch(f"/v1/migrations/{one}/limits", json={"max_downtime": 500})
+    assert (late.status_code, late.json()["type"]) == (409, "urn:virtmig:problem:state")
+    os.kill(int((folder / f"records/api/{one}.pid").read_text()), signal.SIGTERM)
+    api.until(one, ending="detached", status="post-migrating", running=True)
+    refused = api.client.post(f"/v1/migrations/{one}/recover")
+    assert (refused.status_code, refused.json()["detail"]) == (409, "its postcopy goes on by itself")
+    assert api.client.post(f"/v1/migrations/{one}/abort").status_code == 409
+    assert "virtmig_migration_failed{" not in api.client.get("/metrics").text
+    faster = api.client.patch(f"/v1/migrations/{one}/limits", json={"postcopy_bandwidth": 500})
+    assert faster.status_code == 200, faster.text
+    done = api.until(one, running=False)
+    assert (done["status"], done["guest"], done["ending"]) == ("completed", "destination", "completed")
+    assert "postcopy bandwidth: 500 MiB/s from now on" in api.client.get(f"/v1/migrations/{one}/log").text
+    assert [row["id"] for row in api.client.get("/v1/migrations").json()["migrations"]] == [one]
     fresh.check(full_lab.b)
     api.close()
 
@@ -225,6 +265,37 @@ def test_the_page_by_keyboard(lab: Lab, folder: Path, guest: GuestFactory, tmp_p
         assert page.errors == []
         assert {url.split("/")[2] for url in page.requests if url.startswith("http")} == {api.url.split("/")[2]}
     assert fresh.only_on(lab.b)
+    api.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine")
+def test_the_pages_switch_to_postcopy_keeps_the_keyboards_place(
+    full_lab: Lab, folder: Path, guest: GuestFactory
+) -> None:
+    fresh = guest(dirty_mib_s=None)
+    api = ApiProcess(full_lab, folder, "tcp:127.0.0.1:0")
+    one = api.start(fresh, bandwidth=16, postcopy=True, postcopy_bandwidth=3, on_stall="continue", max_downtime=1)
+    one = one.json()["id"]
+    with Browser() as page:
+        page.open(api.url + "/")
+        button = f"document.querySelector('article[data-id=\"{one}\"] .postcopy')"
+        page.until(f"{button} && !{button}.disabled", 30)
+        page.value(f"{button}.focus()")
+        page.press("Enter")
+        page.until("document.getElementById('ask').open")
+        page.press("Tab")
+        assert page.value("document.activeElement.textContent") == "Switch it"
+        page.press("Enter")
+        page.until(f"{button}.hidden", 30)
+        assert page.value("document.activeElement.tagName") == "H3"
+        assert page.value(f"document.activeElement.parentElement.dataset.id === '{one}'")
+        api.client.patch(f"/v1/migrations/{one}/limits", json={"postcopy_bandwidth": 500}).raise_for_status()
+        page.until(f"document.querySelector('#past li[data-id=\"{one}\"]') !== null", 30)
+        assert page.value("document.activeElement.id") == "past-title"
+        assert page.errors == []
+    assert api.until(one, running=False)["status"] == "completed"
+    fresh.check(full_lab.b)
     api.close()
 
 

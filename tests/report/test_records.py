@@ -26,7 +26,8 @@ from virtmig.report import records
 from virtmig.report.explain import compare, explain, log_lines, policy_from_toml, replay
 from virtmig.report.html import charts_of, report_html
 from virtmig.report.recorder import LARGEST_BYTES, Recorder
-from virtmig.report.records import Agents, Row, all_records, find_record, read_record, redacted
+from virtmig.report.records import Agents, Row, all_records, find_record, read_record
+from virtmig.report.redact import format_words, redacted
 
 NOTHING = Forecast(converging=None, sentence="")
 MIB = 1 << 20
@@ -112,7 +113,7 @@ def test_a_crash_keeps_what_was(tmp_path: Path) -> None:
     dead = read_record(recorder.path)
     assert dead is not None
     assert dead.status == "broken off"
-    assert "virtmig itself was killed" in "\n".join(explain(dead))
+    assert "virtmig was killed" in "\n".join(explain(dead))
 
 
 @settings(max_examples=60, deadline=None)
@@ -214,6 +215,50 @@ def test_a_redacted_record_says_nothing_of_whose_it_is(tmp_path: Path) -> None:
     record = find_record("last", folder)
     assert record.outcome is not None
     assert len(record.samples) == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "row", "true", "sample", "completed", "precopy", 'my "quoted" guest', "gästin", "running"]
+)
+def test_a_redacted_record_is_a_record_whatever_the_guest_is_called(tmp_path: Path, name: str) -> None:
+    recorder = Recorder(tmp_path)
+    request = ask("live", domain=name)
+    planned = msgspec.structs.replace(plan(ask("live")), domain=name, values=dict(request))
+    recorder.begin(request, planned, source=SOURCE, destination=DESTINATION, guest=GUEST)
+    for progress in curve(3):
+        recorder.sample(progress, NOTHING)
+    secrets = {
+        "fe80::1ff:fe23:4567:890a": "from fe80::1ff:fe23:4567:890a",
+        "2001:db8::7": "to tcp:[2001:db8::7]:49152",
+        "52:54:00:AB:CD:EF": "the card 52:54:00:AB:CD:EF",
+        "my disk.img": "cannot open '/srv/vms/my disk.img'",
+        "größe": "cannot open /srv/größe/disk",
+        "third.example.org": "no route to third.example.org",
+        "beryl2": "asked qemu+ssh://root@beryl2/system",
+        f"|{name}|": f"of |{name}|",
+    }
+    for text in secrets.values():
+        recorder.message(text)
+    recorder.finish(outcome(domain=name, sentence=f"{name} now runs on beryl", status=Status.COMPLETED))
+    lines = redacted(find_record("last", tmp_path))
+    text = b"".join(lines).decode()
+    for secret in secrets:
+        assert secret not in text
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "20200101-000000-aaaaaa.jsonl").write_bytes(b"".join(lines))
+    record = find_record("last", again)
+    assert record.began.domain == "GUEST"
+    assert len(record.samples) == 3
+    assert {row.progress.phase for row in record.samples} == {Phase.PRECOPY}
+    assert record.outcome is not None
+    assert record.outcome.status is Status.COMPLETED
+    assert record.outcome.sentence == "GUEST now runs on DESTINATION"
+    assert len(record.rows) == len(lines) - 1
+
+
+def test_the_words_of_the_format_are_known() -> None:
+    assert {"began", "sample", "precopy", "completed", "source", "start-postcopy", "refused"} <= format_words()
 
 
 def test_two_records_are_compared_with_ratios_and_options(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import libvirt
 
 from virtmig.progress import Phase
-from virtmig.virt.job import progress_from_stats
+from virtmig.virt.job import LIMITS_EVERY_S, Event, JobView, Limits, observed_downtime_ms, progress_from_stats
 
 RUNNING = {"state": libvirt.VIR_DOMAIN_RUNNING, "reason": 1, "elapsed_s": 3.0}
 
@@ -33,7 +35,7 @@ STATS = {
 
 
 def test_a_running_job() -> None:
-    progress = progress_from_stats(STATS, **RUNNING, downtime_limit_ms=300)
+    progress = progress_from_stats(STATS, **RUNNING, limits=Limits(downtime_ms=300))
     assert progress.phase is Phase.PRECOPY
     assert (progress.total_bytes, progress.processed_bytes, progress.remaining_bytes) == (
         285_000_000,
@@ -89,3 +91,74 @@ def test_ended_jobs() -> None:
         (libvirt.VIR_DOMAIN_JOB_CANCELLED, Phase.CANCELLED),
     ):
         assert progress_from_stats({**STATS, "type": kind}, **RUNNING).phase is phase
+
+
+def test_what_the_guest_writes_is_not_known_before_it_was_measured() -> None:
+    def writes(**changes: object) -> int | None:
+        return progress_from_stats({**STATS, **changes}, **RUNNING).dirty_bytes_per_s
+
+    assert writes(memory_iteration=1, memory_dirty_rate=0) is None
+    assert writes(memory_iteration=1, memory_dirty_rate=7) == 7 * 4096
+    assert writes(memory_iteration=2, memory_dirty_rate=0) == 0
+    postcopy = {"state": libvirt.VIR_DOMAIN_PAUSED, "reason": libvirt.VIR_DOMAIN_PAUSED_POSTCOPY, "elapsed_s": 3.0}
+    assert progress_from_stats(STATS, **postcopy).dirty_bytes_per_s is None
+
+
+def events(*rows: tuple[float, str, str, int]) -> list[Event]:
+    return [Event(at, host, what, detail) for at, host, what, detail in rows]
+
+
+def test_downtime_ends_when_the_guest_starts_there_not_when_its_memory_has_arrived() -> None:
+    postcopy = events(
+        (50.0, "source", "suspended", 1),
+        (50.013, "source", "suspended", 7),
+        (50.031, "destination", "resumed", 3),
+        (74.6, "destination", "resumed", 1),
+        (74.7, "source", "stopped", 3),
+    )
+    assert observed_downtime_ms(postcopy) == 31
+    again = events(
+        (3.0, "source", "suspended", 1),
+        (3.5, "source", "resumed", 1),
+        (9.0, "source", "suspended", 1),
+        (9.25, "destination", "resumed", 1),
+    )
+    assert observed_downtime_ms(again) == 250
+    assert observed_downtime_ms(again[:3]) is None
+    assert observed_downtime_ms(events((9.0, "destination", "resumed", 1), (9.1, "source", "suspended", 1))) is None
+
+
+class Limited(JobView):
+    """A job of a domain whose limits somebody changes; only what is asked of the domain is there."""
+
+    def __init__(self) -> None:
+        super().__init__(None, "")  # type: ignore[arg-type]
+        self.values: list[int | None] = [313, 8796093022207, 0]
+
+    @property
+    def domain(self) -> Any:
+        return self
+
+    def migrateGetMaxDowntime(self, flags: int) -> int | None:
+        return self.values[0]
+
+    def migrateGetMaxSpeed(self, flags: int) -> int | None:
+        return self.values[2 if flags else 1]
+
+    def read(self) -> Limits:
+        self._limits_read_at -= LIMITS_EVERY_S
+        self._read_limits()
+        return self.limits
+
+
+def test_limits_that_others_change_are_seen_and_a_speed_only_when_it_changes() -> None:
+    job = Limited()
+    assert job.read() == Limits(downtime_ms=313)
+    job.values = [907, 17, 0]
+    assert job.read() == Limits(downtime_ms=907, bandwidth_mib_s=17)
+    job.values = [None, 8796093022207, 23]
+    assert job.read() == Limits(downtime_ms=907, bandwidth_mib_s=8796093022207, postcopy_bandwidth_mib_s=23)
+    job.values = [419, None, None]
+    before = job.limits
+    job._read_limits()
+    assert job.limits is before, "it was read just now"

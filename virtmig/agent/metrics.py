@@ -6,10 +6,13 @@ A running session has series of its own, per channel; they go away with it. Noth
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from socketserver import TCPServer
 from typing import TYPE_CHECKING, Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from virtmig.agent.config import Address
 from virtmig.agent.session import Session
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 #: of each kind; a host runs a few at once
 MOST_SESSIONS = 100
+#: scrapers at once; each takes a thread of the process that carries guests
+MOST_CONNECTIONS = 8
 
 
 class AgentMetrics:
@@ -79,23 +84,87 @@ def _role(session: Session) -> str:
     return "destination" if isinstance(session.side, Responder) else "source"
 
 
+class _Handler(WSGIRequestHandler):
+    """Of prometheus_client's application; a peer that does not go on is not waited for."""
+
+    timeout = 5.0  # socketserver: of each read and write
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing."""
+
+
+class _Server(WSGIServer):
+    """A thread for each connection, MOST_CONNECTIONS at most: beyond, the oldest makes room for the new one."""
+
+    request_queue_size = 64
+
+    def __init__(self, address: Address) -> None:
+        """Raises OSError."""
+        self.address_family, where = _resolved(address)
+        self._room = threading.BoundedSemaphore(MOST_CONNECTIONS)
+        self._lock = threading.Lock()
+        self._connections: dict[Any, None] = {}
+        super().__init__(where, _Handler)
+
+    def server_bind(self) -> None:
+        """Without asking DNS for a name of this host, as http.server does."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+        self.setup_environ()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._room.acquire(blocking=False):
+            with self._lock:
+                oldest = next(iter(self._connections), None)
+                if oldest is not None:
+                    del self._connections[oldest]
+                    with contextlib.suppress(OSError):
+                        oldest.shutdown(socket.SHUT_RDWR)
+            if not self._room.acquire(timeout=1.0):
+                self.shutdown_request(request)
+                return
+        with self._lock:
+            self._connections[request] = None
+        threading.Thread(target=self._answer, args=(request, client_address), name="virtmig-metrics",
+                         daemon=True).start()  # fmt: skip
+
+    def _answer(self, request: Any, client_address: Any) -> None:
+        try:
+            with contextlib.suppress(OSError):
+                self.finish_request(request, client_address)
+        finally:
+            with self._lock:
+                self._connections.pop(request, None)
+            self.shutdown_request(request)
+            self._room.release()
+
+
+def _resolved(address: Address) -> tuple[socket.AddressFamily, tuple[str, int]]:
+    found = socket.getaddrinfo(address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, _, _, _, where = found[0]
+    return family, (str(where[0]), int(where[1]))
+
+
 class MetricsServer:
     """HTTP on an address of its own, plain: it has numbers and names of guests, and takes nothing."""
 
     def __init__(self, metrics: AgentMetrics, address: Address) -> None:
         """Raises RequestError without prometheus_client, ChannelError when the address is taken."""
         try:
-            from prometheus_client import CollectorRegistry, start_http_server
+            from prometheus_client import CollectorRegistry, make_wsgi_app
         except ImportError:
             raise RequestError("metrics.listen needs prometheus_client, which is not installed",
                                option="metrics.listen", hint="pip install 'virtmig[api]'") from None  # fmt: skip
         registry = CollectorRegistry(auto_describe=False)
         registry.register(metrics)
         try:
-            self._server, self._thread = start_http_server(address.port, address.host, registry)
+            self._server = _Server(address)
         except OSError as error:
             raise ChannelError(f"metrics.listen: {address}: {error.strerror or error}") from None
+        self._server.set_app(make_wsgi_app(registry))
         self.port: int = self._server.server_address[1]
+        self._thread = threading.Thread(target=self._server.serve_forever, name="virtmig-metrics-accept", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
         self._server.shutdown()

@@ -75,7 +75,7 @@ def run_migrate(request: MigrationRequest, options: GlobalOptions) -> int:
 
 
 def _write_report(request: MigrationRequest, outcome: Outcome) -> None:
-    """--report FILE. The migration is over: a file that cannot be written costs a warning."""
+    """--report FILE. The migration is over: whatever goes wrong with its report costs a warning."""
     if "report" not in request:
         return
     from pathlib import Path
@@ -85,8 +85,9 @@ def _write_report(request: MigrationRequest, outcome: Outcome) -> None:
 
     try:
         write_report(find_record(outcome.report_id or "-"), Path(request.text("report")))
-    except (OSError, MigrationError) as error:
-        print(f"virtmig: warning: no report: {error}", file=sys.stderr)
+    except Exception as error:
+        kind = "" if isinstance(error, (OSError, MigrationError)) else f"{type(error).__name__}: "
+        print(f"virtmig: warning: no report: {kind}{error}", file=sys.stderr)
 
 
 def exit_status(outcome: Outcome, *, fine: bool) -> int:

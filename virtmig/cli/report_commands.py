@@ -12,7 +12,8 @@ import msgspec
 from virtmig.errors import RequestError
 from virtmig.quantities import duration_text, size_text
 from virtmig.report.explain import compare, explain, log_lines, policy_from_toml, replay
-from virtmig.report.records import Record, all_records, encode_row, find_record, redacted
+from virtmig.report.records import Record, all_records, encode_row, find_record
+from virtmig.report.redact import redacted
 
 if TYPE_CHECKING:
     from virtmig.cli.main import GlobalOptions
@@ -29,11 +30,21 @@ def run_list(values: dict[str, Any], options: GlobalOptions) -> int:
         for record in found:
             print(msgspec.json.encode(_summary(record)).decode())
         return 0
-    rows = [_HEADINGS, *(_row(record) for record in found)]
-    widths = [max(len(row[at]) for row in rows) for at in range(len(_HEADINGS))]
-    for row in rows:
-        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    _print_table([_HEADINGS, *map(_row, found)])
     return 0
+
+
+def _print_table(rows: list[tuple[str, ...]]) -> None:
+    clean = [tuple(map(printable, row)) for row in rows]
+    widths = [max(len(row[at]) for row in clean) for at in range(len(clean[0]))]
+    for row in clean:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+def printable(text: str) -> str:
+    """Names and messages come from guests, hosts and files: nothing in them may command the terminal."""
+    text = text.replace("\n", "\n" + " " * 12)
+    return "".join(each if each.isprintable() or each == "\n" else f"\\x{ord(each):02x}" for each in text)
 
 
 def _row(record: Record) -> tuple[str, ...]:
@@ -47,7 +58,7 @@ def _row(record: Record) -> tuple[str, ...]:
         record.status,
         str(outcome.guest) if outcome else "-",
         duration_text(outcome.elapsed_s) if outcome else "-",
-        size_text(outcome.processed_bytes) if outcome and outcome.processed_bytes else "-",
+        size_text(record.sent_bytes) if record.sent_bytes else "-",
         f"{outcome.downtime_ms} ms" if outcome and outcome.downtime_ms is not None else "-",
     )
 
@@ -76,35 +87,34 @@ def run_show(values: dict[str, Any], options: GlobalOptions) -> int:
     if values.get("json"):
         sys.stdout.writelines(encode_row(row).decode() for row in (record.began, *record.rows))
         return 0
-    for name, text in zip(_HEADINGS, _row(record), strict=True):
-        print(f"{name:<10} {text}")
-    print(f"{'record':<10} {record.path}")
-    print(f"{'transport':<10} {record.began.plan.transport}: {record.began.plan.transport_reason}")
     asked = (f"--{name}" if value is True else f"--{name} {value}" for name, value in record.began.request.items())
-    print(f"{'asked':<10} {' '.join(asked)}")
+    rows = [
+        *zip(_HEADINGS, _row(record), strict=True),
+        ("record", str(record.path)),
+        ("transport", f"{record.began.plan.transport}: {record.began.plan.transport_reason}"),
+        ("asked", " ".join(asked)),
+    ]
     if record.outcome is not None and record.outcome.error:
-        print(f"{'error':<10} {record.outcome.error}")
-    for _, reason, way_out in record.refusals:
-        print(f"{'refused':<10} {reason}" + (f" -> {way_out}" if way_out else ""))
+        rows.append(("error", record.outcome.error))
+    rows += [("refused", reason + (f" -> {way_out}" if way_out else "")) for _, reason, way_out in record.refusals]
+    for name, text in rows:
+        print(f"{name:<10} {printable(text)}")
     return 0
 
 
 def run_logs(values: dict[str, Any], options: GlobalOptions) -> int:
-    print("\n".join(log_lines(find_record(str(values["id"])))))
+    print("\n".join(map(printable, log_lines(find_record(str(values["id"]))))))
     return 0
 
 
 def run_explain(values: dict[str, Any], options: GlobalOptions) -> int:
-    print("\n".join(explain(find_record(str(values["id"])))))
+    print("\n".join(map(printable, explain(find_record(str(values["id"]))))))
     return 0
 
 
 def run_compare(values: dict[str, Any], options: GlobalOptions) -> int:
     one, other = find_record(str(values["id"])), find_record(str(values["other"]))
-    rows = [("", one.id, other.id, "ratio"), *compare(one, other)]
-    widths = [max(len(row[at]) for row in rows) for at in range(4)]
-    for row in rows:
-        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    _print_table([("", one.id, other.id, "ratio"), *compare(one, other)])
     return 0
 
 
@@ -121,7 +131,9 @@ def run_replay(values: dict[str, Any], options: GlobalOptions) -> int:
     found = replay(record, policy)
     for second, decision in found:
         print(f"{second:8.2f} s  {decision.action}: {decision.reason}")
-    if not found:
+    if not record.samples:
+        print("nothing can be told: the record has no samples")
+    elif not found:
         print("nothing: this policy would have let it go on")
     did = [row for row in record.decisions if row.decision.notable]
     print("what was decided: " + ("; ".join(f"{row.at_s:.2f} s {row.decision.action}" for row in did) or "nothing"))

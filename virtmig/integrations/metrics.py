@@ -7,6 +7,7 @@ KEPT_S longer, for MOST_MIGRATIONS at most. The counters count what the records 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter
@@ -40,6 +41,8 @@ MOST_CHANNELS = 32
 LABELS = ("domain", "source", "destination")
 _LABEL_LONGEST = 128
 _MS = 0.001
+#: clocks of hosts differ; a record that ends later than this from now is damaged
+_AHEAD_S = 3600.0
 
 #: what a refusal may be counted under; anything else is "other"
 REASONS = frozenset(BY_NAME) | frozenset(row.name for row in FEATURES)
@@ -122,7 +125,7 @@ class Metrics:
             self._refused(reason for reason, _, _ in head.refused.reasons)
             return
         outcome = head.outcome
-        self._results[outcome.status.value if outcome is not None else "broken off"] += 1
+        self._results[head.ending or "broken off"] += 1
         if outcome is None:
             return
         self._durations.add(outcome.elapsed_s)
@@ -160,7 +163,7 @@ class Metrics:
         now = self._clock()
         running = [head for head in heads if not head.over]
         yield GaugeMetricFamily("virtmig_migrations_in_running_phase", "Migrations that run now", value=len(running))
-        ended = [head for head in heads if head.over and not head.refused and now - (head.end_time or 0.0) <= KEPT_S]
+        ended = [head for head in heads if head.over and not head.refused and _lately(head.end_time or 0.0, now)]
         chosen: dict[tuple[str, ...], Head] = {}
         for head in [*running, *ended]:  # the newest first: an older one with the same labels is left out
             if len(chosen) < MOST_MIGRATIONS:
@@ -190,8 +193,9 @@ def _family(
     family = GaugeMetricFamily(name, help, labels=list(LABELS))
     for labels, head in heads.items():
         found = value(head)
-        if found is not None:
-            family.add_metric(list(labels), found)
+        with contextlib.suppress(OverflowError):  # a number of a damaged record
+            if found is not None:
+                family.add_metric(list(labels), float(found))
     return family
 
 
@@ -199,12 +203,17 @@ def _of_sample(value: Callable[[Progress], float | None]) -> Callable[[Head], fl
     return lambda head: value(head.sample.progress) if head.sample is not None else None
 
 
+def _lately(end_time: float, now: float) -> bool:
+    return end_time - _AHEAD_S <= now <= end_time + KEPT_S
+
+
 def _ended_so(succeeded: bool) -> Callable[[Head], float | None]:
     def value(head: Head) -> float | None:
         if not head.over:
             return None
-        outcome = head.outcome
-        return float((outcome is not None and outcome.status is Status.COMPLETED) is succeeded)
+        if head.ending == "detached":  # it went on, and nobody knows how it ended
+            return None
+        return float((head.ending == "completed") is succeeded)
 
     return value
 

@@ -12,7 +12,7 @@ from virtmig.link.asking import Changed, Exchanged
 from virtmig.link.asking import Ended as AgentsEnded
 from virtmig.link.messages import Verdict
 from virtmig.policy import Decision, History, Policy, decide
-from virtmig.progress import Phase, Progress, Whereabouts
+from virtmig.progress import DEFAULT_DOWNTIME_MS, Phase, Progress, Whereabouts
 from virtmig.quantities import duration_text, rate_text, size_text
 from virtmig.report.records import Agents, AgentsWord, Decided, Ended, Event, Record, Said, Sampled
 
@@ -24,6 +24,7 @@ _MIB = 1 << 20
 def log_lines(record: Record) -> Iterator[str]:
     """Everything that happened, with its second; samples where the phase or pass changes."""
     seen: tuple[Phase | None, int] = (None, -1)
+    told: dict[str, Event] = {}  # by host: libvirt says some things twice
     for row in record.rows:
         stamp = f"{row.at_s:8.2f} s  "
         if isinstance(row, Sampled):
@@ -37,7 +38,10 @@ def log_lines(record: Record) -> Iterator[str]:
         elif isinstance(row, Said):
             yield stamp + (f"{row.level}: " if row.level != "info" else "") + row.text
         elif isinstance(row, Event):
-            yield stamp + f"{row.host}: {row.what}"
+            last = told.get(row.host)
+            if last is None or (last.what, last.detail) != (row.what, row.detail):
+                told[row.host] = row
+                yield stamp + f"{row.host}: {row.what}" + _detail_words(row)
         elif isinstance(row, Agents):
             if words := _agents_words(row.said):
                 yield stamp + "agents: " + words
@@ -45,6 +49,19 @@ def log_lines(record: Record) -> Iterator[str]:
             yield stamp + row.outcome.sentence
     for _, reason, way_out in record.refusals:
         yield f"{0:8.2f} s  refused: {reason}" + (f" -> {way_out}" if way_out else "")
+
+
+#: virDomainEventSuspendedDetailType, virDomainEventResumedDetailType
+_DETAILS = {
+    "suspended": ("paused", "migrated", "I/O error", "watchdog", "restored", "from a snapshot", "API error",
+                  "postcopy", "postcopy failed"),
+    "resumed": ("unpaused", "migrated", "from a snapshot", "postcopy", "postcopy failed"),
+}  # fmt: skip
+
+
+def _detail_words(row: Event) -> str:
+    known = _DETAILS.get(row.what, ())
+    return f" ({known[row.detail]})" if 0 <= row.detail < len(known) else ""
 
 
 def _agents_words(said: AgentsWord) -> str:
@@ -90,7 +107,7 @@ def explain(record: Record) -> list[str]:
             said.append(f"The reason: {outcome.error}" + (f"; next: {outcome.hint}" if outcome.hint else ""))
     elif record.status == "broken off":
         said.append(
-            "The record ends in the middle: virtmig itself was killed. Where the guest is, both hosts can tell."
+            "The record ends in the middle: virtmig was killed, or could not write. Where the guest is, the hosts tell."
         )
     said += ["", "What was planned:", f"  transport {began.plan.transport}: {began.plan.transport_reason}"]
     said += [f"  {choice.feature}: {choice.reason}" for choice in began.plan.choices if choice.on]
@@ -126,19 +143,26 @@ def bounds_of(record: Record) -> Iterator[str]:
     moving = [row.progress for row in record.samples if row.progress.phase in (Phase.PRECOPY, Phase.POSTCOPY)]
     rates = [progress.memory_bytes_per_s for progress in moving if progress.memory_bytes_per_s]
     outcome = record.outcome
+    postcopy = any(progress.phase is Phase.POSTCOPY for progress in moving)
+    for row in record.interventions:
+        yield f"after {duration_text(row.at_s)} somebody else stepped in: {row.text}"
     if rates:
         rate = median(rates)
         limit = record.began.request.get("bandwidth")
-        if isinstance(limit, int) and limit and rate >= _AT_LIMIT * limit * _MIB:
+        changed = any(row.what == "bandwidth" for row in record.interventions)
+        if not changed and isinstance(limit, int) and limit and rate >= _AT_LIMIT * limit * _MIB:
             yield f"--bandwidth {limit}: the memory went at {rate_text(int(rate))}, as fast as that allows"
         else:
             yield f"the memory went at {rate_text(int(rate))} (median of {len(rates)} samples)"
         writes = [progress.dirty_bytes_per_s for progress in moving if progress.dirty_bytes_per_s]
         if writes and median(writes) > _AT_LIMIT * rate:
+            helped = "more bandwidth" if postcopy else "--postcopy, more bandwidth or a longer --max-downtime"
             yield (
                 f"the guest wrote {rate_text(int(median(writes)))}, about as fast as its memory went: precopy alone "
-                "does not end then; --postcopy, more bandwidth or a longer --max-downtime would have helped"
+                f"does not end then; {helped} would have helped"
             )
+    elif record.sent_bytes and outcome is not None:
+        yield f"{size_text(record.sent_bytes)} in all: it was over before a rate could be told"
     throttled = max((progress.throttle_percent or 0 for progress in moving), default=0)
     if throttled:
         yield f"auto-converge took up to {throttled} % of the guest's CPU time"
@@ -146,6 +170,19 @@ def bounds_of(record: Record) -> Iterator[str]:
         observed = outcome.observed_downtime_ms
         words = f"the guest was stopped for {outcome.downtime_ms} ms by QEMU's own count"
         yield words + (f", {observed} ms as both hosts saw it" if observed is not None else "")
+        allowed = _downtime_limit_ms(record)
+        if not postcopy and outcome.downtime_ms > allowed:
+            yield (
+                f"that is over the limit of {allowed} ms, which is for the memory that is left: devices, libvirt's own "
+                "part, or a rate that fell at the end took the rest"
+            )
+
+
+def _downtime_limit_ms(record: Record) -> int:
+    """The last one known: what samples say, else what was asked, else QEMU's own."""
+    known = [row.progress.downtime_limit_ms for row in record.samples if row.progress.downtime_limit_ms]
+    asked = record.began.request.get("max-downtime")
+    return known[-1] if known else asked if isinstance(asked, int) and asked else DEFAULT_DOWNTIME_MS
 
 
 ROWS = ("status", "transport", "duration", "sent", "passes", "rate", "guest writes", "downtime", "seen downtime")
@@ -162,7 +199,7 @@ def facts_of(record: Record) -> dict[str, tuple[str, float | None]]:
         return (text, float(value)) if value else ("-", None)
 
     elapsed = outcome.elapsed_s if outcome else None
-    sent = outcome.processed_bytes if outcome else None
+    sent = record.sent_bytes
     down, seen = (outcome.downtime_ms, outcome.observed_downtime_ms) if outcome else (None, None)
     return {
         "status": (record.status, None),

@@ -5,6 +5,7 @@ It needs no network and no JavaScript: the charts are SVG, which uPlot replaces 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -88,8 +89,8 @@ def _facts(record: Record) -> list[tuple[str, str]]:
         if outcome.downtime_ms is not None:
             seen = f", {outcome.observed_downtime_ms} ms seen" if outcome.observed_downtime_ms is not None else ""
             rows.append(("downtime", f"{outcome.downtime_ms} ms by QEMU's count{seen}"))
-        if outcome.processed_bytes:
-            rows.append(("sent", size_text(outcome.processed_bytes)))
+    if record.sent_bytes:
+        rows.append(("sent", size_text(record.sent_bytes)))
     rows.append(("record", record.id))
     return rows
 
@@ -196,14 +197,19 @@ def _number(value: float) -> str:
 
 
 def write_report(record: Record, path: Path) -> None:
-    """Raises OSError."""
-    _write_whole(path, report_html(record))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.rename(path)
+    """The whole file or none. What is no file (a device, a pipe) is written to, not replaced. Raises OSError."""
+    text = report_html(record)
+    if path.parts[:2] in (("/", "dev"), ("/", "proc")) or (path.exists() and not path.is_file()):
+        path.write_text(text, encoding="utf-8")
+        return
+    target = path.resolve()  # what a link leads to is the report's place, and the link stays
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.rename(target)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def summary(record: Record) -> dict[str, Any]:

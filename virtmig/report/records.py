@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -36,16 +36,21 @@ KEPT_BYTES = 256 << 20
 ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
 
 
+#: what is outside is damage: no calendar has such a day, and no migration lasts so long
+Time = Annotated[float, msgspec.Meta(ge=0, le=253402300799)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+
+
 class _Row(msgspec.Struct, frozen=True, kw_only=True, tag_field="row", omit_defaults=True):
     """`at_s`: seconds since the record began."""
 
-    at_s: float = 0.0
+    at_s: Seconds = 0.0
 
 
 class Began(_Row, frozen=True, kw_only=True, omit_defaults=True, tag="began"):
     version: int = VERSION
     id: str
-    time: float  # time.time()
+    time: Time  # time.time()
     domain: str
     source: str
     destination: str
@@ -75,7 +80,8 @@ class Decided(_Row, frozen=True, kw_only=True, omit_defaults=True, tag="decision
 class Said(_Row, frozen=True, kw_only=True, omit_defaults=True, tag="message"):
     """What a person was told. With `what`: what somebody else did to the migration, with virsh, the API or a manager.
 
-    `what`: max-downtime (`value` is ms from now on), bandwidth (bytes per second), postcopy (no value).
+    `what`: max-downtime (`value` is ms from now on), bandwidth and postcopy-bandwidth (bytes per second, 0: no limit),
+    postcopy (no value).
     """
 
     text: str
@@ -163,6 +169,16 @@ class Record(msgspec.Struct, frozen=True):
         return next((row.reasons for row in self.rows if isinstance(row, Refused)), ())
 
     @property
+    def sent_bytes(self) -> int | None:
+        """By the outcome, which only a completed migration has, else by the last sample."""
+        outcome = self.outcome
+        if outcome is not None and outcome.processed_bytes:
+            return outcome.processed_bytes
+        return next(
+            (row.progress.processed_bytes for row in reversed(self.samples) if row.progress.processed_bytes), None
+        )
+
+    @property
     def status(self) -> str:
         """As list shows it: Outcome's word, refused, running, or broken off."""
         if self.outcome is not None:
@@ -245,10 +261,18 @@ def find_record(wanted: str, folder: Path | None = None) -> Record:
     paths = _files(where) if where else []
     if ID.fullmatch(wanted):
         paths = [path for path in paths if path.stem == wanted]
+    if wanted not in ("", "last"):
+        beginning = [path.stem for path in paths if path.stem.startswith(wanted)]
+        if len(beginning) > 1:
+            some = ", ".join(beginning[:4]) + (", ..." if len(beginning) > 4 else "")
+            words = f"{len(beginning)} records begin with '{wanted}': {some}"
+            raise RequestError(words, option="id", hint="say more of it")
     for path in paths:
         record = read_record(path)
         if record is not None and (wanted == "last" or record.id.startswith(wanted) or wanted == record.began.domain):
             return record
+    if where is None:
+        raise RequestError("no records are kept: $VIRTMIG_RECORDS is empty", option="id", hint="unset it")
     raise RequestError(f"no record of a migration is called '{wanted}'", option="id", hint="virtmig list")
 
 
@@ -287,38 +311,3 @@ def _refused(path: Path) -> bool:
         file.seek(max(0, size - (64 << 10)))
         return b'\n{"row":"refused"' in file.read()
     return False
-
-
-def redacted(record: Record) -> list[bytes]:
-    """The lines of a record without names, addresses, paths and numbers that say whose it is: for a bug report."""
-    began = record.began
-    names: dict[str, str] = {}
-    for value, word in _tell_tales(began):
-        if len(value) > 1:
-            names.setdefault(value, word)
-    pattern = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))) if names else None
-    lines = []
-    for row in (began, *record.rows):
-        text = encode_row(row).decode()
-        if pattern is not None:
-            text = pattern.sub(lambda match: names[match[0]], text)
-        text = re.sub(r"\b\d{1,3}(?:\.\d{1,3}){3}\b", "ADDRESS", text)
-        text = re.sub(r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b", "UUID", text)
-        text = re.sub(r"\b(?:[0-9a-f]{2}:){5}[0-9a-f]{2}\b", "MAC", text)
-        lines.append(re.sub(r"(?<=[\"' =:])/(?:[\w.@+-]+/)+[\w.@+-]+", "/PATH", text).encode())
-    return lines
-
-
-def _tell_tales(began: Began) -> Iterator[tuple[str, str]]:
-    yield began.domain, "GUEST"
-    for facts, word in ((began.source_facts, "SOURCE"), (began.destination_facts, "DESTINATION")):
-        if facts is not None:
-            for value in (facts.hostname, facts.host_uuid or "", facts.uri):
-                yield value, word
-            for domain in facts.domains or ():
-                yield domain.name, "OTHER-GUEST"
-    yield began.source, "SOURCE"
-    yield began.destination, "DESTINATION"
-    request: Mapping[str, Any] = began.request
-    for name in ("desturi", "migrateuri", "listen-address", "dname", "graphicsuri", "disks-uri", "destination-agent"):
-        yield str(request.get(name) or ""), name.upper()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import libvirt
 
@@ -15,14 +15,35 @@ from virtmig.virt.hosts import NoAnswerError, answer_within
 MEASURE_S = 1
 _ANSWER_S = 5.0
 _MIB = 1 << 20
+_PAGE_STANDS_FOR = (1 << 30) / 512
 
 
-def dirty_rate(connection: Any, domain: Any, *, seconds: int = MEASURE_S) -> float | None:
-    """Bytes per second, sampled for `seconds` (the guest runs on); None where libvirt or QEMU cannot tell."""
+class DirtyRate(NamedTuple):
+    bytes_per_s: float
+    step_bytes_per_s: float  # what one sampled page stands for
+
+
+def dirty_rate(connection: Any, domain: Any, *, few: int = 10, most_s: int = 4) -> DirtyRate | None:
+    """Sampled for a second, and for `most_s` at most while fewer than `few` of the sampled pages were written.
+
+    QEMU watches 512 pages of each GiB (DIRTYRATE_DEFAULT_SAMPLE_PAGES), so one stands for 2 MiB. The guest runs on.
+    None where libvirt or QEMU cannot tell.
+    """
+    seen: list[float] = []
+    while len(seen) < most_s and sum(seen) < few * _PAGE_STANDS_FOR:
+        sample = _sample(connection, domain)
+        if sample is None:
+            return None
+        seen.append(sample)
+    return DirtyRate(sum(seen) / len(seen), _PAGE_STANDS_FOR / len(seen))
+
+
+def _sample(connection: Any, domain: Any) -> float | None:
+    """Bytes written in MEASURE_S, each page counted once."""
     try:
         with translated():
-            answer_within(_ANSWER_S, lambda: domain.startDirtyRateCalc(seconds, 0), "virtmig-dirty")
-            deadline = time.monotonic() + seconds + _ANSWER_S
+            answer_within(_ANSWER_S, lambda: domain.startDirtyRateCalc(MEASURE_S, 0), "virtmig-dirty")
+            deadline = time.monotonic() + MEASURE_S + _ANSWER_S
             while time.monotonic() < deadline:
                 time.sleep(0.1)
                 stats = answer_within(

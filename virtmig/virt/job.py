@@ -14,7 +14,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,18 @@ log = logging.getLogger("virtmig.virt")
 
 #: QEMU 11 reports INT64_MAX for a downtime it has not computed; anything above a day is no downtime
 _DOWNTIME_NONSENSE_MS = 86_400_000
+#: others may change the limits of a job too: read so often, and waited for so long
+LIMITS_EVERY_S = 1.5
+_LIMITS_PATIENCE_S = 0.5
+_MIB = 1 << 20
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """Of a running job. A bandwidth (MiB/s) of None is the one that it was started with."""
+
+    downtime_ms: int | None = None
+    bandwidth_mib_s: int | None = None
+    postcopy_bandwidth_mib_s: int | None = None
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -46,6 +58,24 @@ class Event(msgspec.Struct, frozen=True):
     host: str  # "source" or "destination"
     what: str  # "suspended", "resumed", "stopped", "iteration", "job-completed", ...
     detail: int = 0
+
+
+def observed_downtime_ms(events: Sequence[Event]) -> int | None:
+    """From the source's last stop to the destination's first start after it; None where an event is missing.
+
+    In postcopy either host says it twice: the source that it is stopped, and then that it is stopped for postcopy
+    (libvirt corrects the reason); the destination when the guest starts there, and at the end that it has all of it.
+    """
+    stopped: Event | None = None
+    for event in events:
+        match event.host, event.what:
+            case "source", "suspended":
+                stopped = stopped or event
+            case "source", "resumed":  # a switchover that was given up
+                stopped = None
+            case "destination", "resumed":
+                return round(1000 * (event.at - stopped.at)) if stopped is not None else None
+    return None
 
 
 _LIFECYCLE = {
@@ -65,9 +95,14 @@ def progress_from_stats(
     state: int,
     reason: int,
     elapsed_s: float,
-    downtime_limit_ms: int | None = None,
+    limits: Limits | None = None,
 ) -> Progress:
-    """virDomainGetJobStats + virDomainGetState of the source -> Progress. Absent keys stay None."""
+    """virDomainGetJobStats + virDomainGetState of the source -> Progress. Absent keys stay None.
+
+    QEMU measures what the guest writes when it looks for dirty pages again (migration/ram.c, migration_update_rates):
+    its zero before the second look is no measurement, and in postcopy it repeats its last one.
+    """
+    limits = limits or Limits()
 
     def number(key: str) -> int | None:
         value = stats.get(key)
@@ -78,9 +113,12 @@ def progress_from_stats(
     dirty_pages = number("memory_dirty_rate")
     downtime = number("downtime")
     measured = total is not None
+    phase, iteration = _phase(stats, state, reason), number("memory_iteration")
+    if phase in (Phase.POSTCOPY, Phase.POSTCOPY_PAUSED) or (not dirty_pages and (iteration or 0) < 2):
+        dirty_pages = None
     return Progress(
         elapsed_s=elapsed_s,
-        phase=_phase(stats, state, reason),
+        phase=phase,
         total_bytes=total,
         processed_bytes=number("data_processed") if measured else None,
         remaining_bytes=number("data_remaining") if measured else None,
@@ -93,9 +131,11 @@ def progress_from_stats(
         memory_bytes_per_s=number("memory_bps"),
         disk_bytes_per_s=number("disk_bps"),
         dirty_bytes_per_s=dirty_pages * page_size if dirty_pages is not None and page_size else None,
-        iteration=number("memory_iteration"),
+        iteration=iteration,
         expected_downtime_ms=downtime if downtime is not None and downtime < _DOWNTIME_NONSENSE_MS else None,
-        downtime_limit_ms=downtime_limit_ms,
+        downtime_limit_ms=limits.downtime_ms,
+        bandwidth_limit_bytes_per_s=_bytes(limits.bandwidth_mib_s),
+        postcopy_bandwidth_limit_bytes_per_s=_bytes(limits.postcopy_bandwidth_mib_s),
         setup_ms=number("setup_time"),
         throttle_percent=number("auto_converge_throttle"),
         postcopy_requests=number("memory_postcopy_requests"),
@@ -103,6 +143,10 @@ def progress_from_stats(
         normal_pages=number("memory_normal"),
         page_size_bytes=page_size,
     )
+
+
+def _bytes(mib: int | None) -> int | None:
+    return None if mib is None else mib * _MIB
 
 
 def _phase(stats: Mapping[str, Any], state: int, reason: int) -> Phase:
@@ -131,6 +175,14 @@ def _moved(before: Progress | None, now: Progress) -> bool:
     return before is not None and (now.processed_bytes or 0) > (before.processed_bytes or 0)
 
 
+def _number_of(call: Callable[[], Any]) -> int | None:
+    """Some versions of the binding give None where they should raise."""
+    with contextlib.suppress(libvirt.libvirtError):
+        value = call()
+        return None if value is None else int(value)
+    return None
+
+
 class JobView:
     """Samples of, and actions on, the outgoing migration job of a domain; `host` is the source.
 
@@ -141,7 +193,9 @@ class JobView:
         self.host = host
         self.uuid = uuid
         self.started_at = time.monotonic()
-        self.downtime_limit_ms: int | None = None
+        self.limits = Limits()
+        self._speeds_before: tuple[int | None, int | None] | None = None
+        self._limits_read_at = self.started_at
         self._last: Progress | None = None
 
     @property
@@ -165,14 +219,10 @@ class JobView:
             return None
         if stats.get("type", 0) == libvirt.VIR_DOMAIN_JOB_NONE:
             return None
-        before = self._last
-        self._last = progress_from_stats(
-            stats,
-            state=state,
-            reason=reason,
-            elapsed_s=time.monotonic() - self.started_at,
-            downtime_limit_ms=self.downtime_limit_ms,
-        )
+        before, elapsed_s = self._last, time.monotonic() - self.started_at
+        if _phase(stats, state, reason) in (Phase.PRECOPY, Phase.POSTCOPY):
+            self._read_limits()
+        self._last = progress_from_stats(stats, state=state, reason=reason, elapsed_s=elapsed_s, limits=self.limits)
         if self._last.phase is Phase.POSTCOPY_PAUSED and _moved(before, self._last):
             # the client of a managed migration is gone: libvirt calls the source failed, QEMU goes on and finishes
             self._last = msgspec.structs.replace(self._last, phase=Phase.POSTCOPY)
@@ -181,13 +231,51 @@ class JobView:
     def read_downtime_limit(self) -> int | None:
         """The domain's downtime limit in ms, None where libvirt cannot say (inactive domain, old daemon)."""
         with contextlib.suppress(libvirt.libvirtError, VirtError, NoAnswerError):
-            self.downtime_limit_ms = int(answer_within(2.0, lambda: self.domain.migrateGetMaxDowntime(0)))
-        return self.downtime_limit_ms
+            limit_ms = int(answer_within(2.0, lambda: self.domain.migrateGetMaxDowntime(0)))
+            self.limits = msgspec.structs.replace(self.limits, downtime_ms=limit_ms)
+        return self.limits.downtime_ms
 
     def set_downtime_limit(self, milliseconds: int) -> None:
         with translated():
             self.domain.migrateSetMaxDowntime(milliseconds, 0)
-        self.downtime_limit_ms = milliseconds
+        self.limits = msgspec.structs.replace(self.limits, downtime_ms=milliseconds)
+
+    def _read_limits(self) -> None:
+        """As they are now, every LIMITS_EVERY_S; what does not come in time stays as it was.
+
+        virDomainMigrateGetMaxSpeed gives what virDomainMigrateSetMaxSpeed has set, not what the job was started with:
+        only a change tells what is in force.
+        """
+        if time.monotonic() - self._limits_read_at < LIMITS_EVERY_S and self._speeds_before is not None:
+            return
+
+        def look() -> tuple[int | None, int | None, int | None]:
+            domain = self.domain
+            return (
+                _number_of(lambda: domain.migrateGetMaxDowntime(0)),
+                _number_of(lambda: domain.migrateGetMaxSpeed(0)),
+                _number_of(lambda: domain.migrateGetMaxSpeed(libvirt.VIR_DOMAIN_MIGRATE_MAX_SPEED_POSTCOPY)),
+            )
+
+        try:
+            downtime_ms, *speeds = answer_within(_LIMITS_PATIENCE_S, look, "virtmig-limits")
+        except (libvirt.libvirtError, VirtError, NoAnswerError) as error:
+            log.debug("limits: %s", error)
+            return
+        finally:
+            self._limits_read_at = time.monotonic()
+        known = self.limits
+        if self._speeds_before is None:
+            self._speeds_before = speeds[0], speeds[1]
+        before, (speed, postcopy_speed) = self._speeds_before, speeds
+        self.limits = Limits(
+            downtime_ms=known.downtime_ms if downtime_ms is None else downtime_ms,
+            bandwidth_mib_s=known.bandwidth_mib_s if speed in (None, before[0]) else speed,
+            postcopy_bandwidth_mib_s=known.postcopy_bandwidth_mib_s if postcopy_speed in (None, before[1])
+            else postcopy_speed,
+        )  # fmt: skip
+        self._speeds_before = (before[0] if speed is None else speed,
+                               before[1] if postcopy_speed is None else postcopy_speed)  # fmt: skip
 
     def start_postcopy(self) -> None:
         with translated():
@@ -281,11 +369,13 @@ class MigrationJob(JobView):
         return None
 
     def observed_downtime_ms(self) -> int | None:
-        """From the source's stop to the destination's start, by the events of both hosts as they arrived here."""
-        stopped, resumed = self.saw("source", "suspended"), self.saw("destination", "resumed")
-        if stopped is None or resumed is None or resumed.at < stopped.at:
+        """From the source's stop to the destination's start, by the events of both hosts as they arrived here.
+
+        A recovery of a broken postcopy stops nobody: it has none.
+        """
+        if self.call.flags & libvirt.VIR_MIGRATE_POSTCOPY_RESUME:
             return None
-        return round(1000 * (resumed.at - stopped.at))
+        return observed_downtime_ms(self.events)
 
     def close(self) -> None:
         for connection, number in self._registered:

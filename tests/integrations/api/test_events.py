@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from virtmig.integrations.api import events
 from virtmig.integrations.api.events import batch, begins_at
 from virtmig.integrations.api.history import History
 from virtmig.integrations.api.jobs import Jobs
-from virtmig.integrations.api.migrations import Migrations, shown
+from virtmig.integrations.api.migrations import Found, Migrations, shown, shown_all
+from virtmig.integrations.metrics import Metrics
 from virtmig.policy import Action, Decision
 from virtmig.progress import Phase, Status, Whereabouts
 from virtmig.report.records import read_record
@@ -153,3 +155,51 @@ def test_an_end_that_is_written_while_we_look_is_no_broken_record(tmp_path: Path
     recorder = recorded(tmp_path, samples=[msgspec.structs.replace(curve(1)[0], phase=Phase.SWITCHOVER)])
     assert read_record(recorder.path).status == "running"
     assert History(tmp_path).head(recorder.id).broken_off is False
+
+
+def test_the_percentage_does_not_depend_on_who_looked_when(tmp_path: Path) -> None:
+    recorder = recorded(tmp_path, samples=curve(1))
+    watching = History(tmp_path)
+    for progress in curve(20)[1:]:
+        recorder._began -= 1.0
+        recorder.sample(progress, NOTHING)
+        watching.head(recorder.id)
+    late = History(tmp_path).head(recorder.id)
+    assert late.percent == watching.head(recorder.id).percent == pytest.approx(100 * 15 / 16)
+    recorder._began -= 1.0
+    recorder.sample(curve(19)[-1], msgspec.structs.replace(NOTHING, converging=False))
+    now = curve(19)[-1].percent
+    assert watching.head(recorder.id).percent == History(tmp_path).head(recorder.id).percent == pytest.approx(now)
+    assert now < 50
+
+
+@pytest.mark.parametrize("damage", [('"time":', '"time":1e300,"x":'), ('"at_s":0.5', '"at_s":-1e300'),
+                                    ('"total_bytes":', '"total_bytes":-1e300,"x":')])  # fmt: skip
+def test_a_damaged_record_takes_nothing_away(tmp_path: Path, damage: tuple[str, str]) -> None:
+    well, damaged = ended(tmp_path), recorded(tmp_path, samples=curve(2))
+    text = damaged.path.read_text()
+    assert damage[0] in text
+    damaged.path.write_text(text.replace(*damage, 1))
+    history = History(tmp_path)
+    found = shown_all(Migrations(Jobs(tmp_path), history).all())
+    assert well in {each.id for each in found}
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\S+Z", each.updated_at) for each in found)
+    assert b'virtmig_migrations_total{result="completed"} 1.0' in Metrics(history).exposition()
+
+
+def test_one_that_cannot_be_shown_is_left_out_of_a_list(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    well = Found("a", None, History(tmp_path).head(ended(tmp_path)))
+    broken = Found("b", None, History(tmp_path).head(ended(tmp_path)))
+    broken.head.percent = None
+    broken.head.ended = None
+    assert [each.id for each in shown_all([broken, well])] == ["a"]
+    assert "b cannot be shown: TypeError" in caplog.text
+
+
+def test_a_long_first_line_is_read(tmp_path: Path) -> None:
+    recorder = recorded(tmp_path, samples=curve(2))
+    text = recorder.path.read_text()
+    recorder.path.write_text(text.replace('"changes":["a', f'"changes":["{"a" * (5 << 20)}', 1))
+    head = History(tmp_path).head(recorder.id)
+    assert head.sample.progress == curve(2)[-1]
+    assert len(head.began.changes[0]) > 5 << 20

@@ -20,6 +20,7 @@ from virtmig.integrations.api.actions import recover
 from virtmig.integrations.api.history import History
 from virtmig.integrations.api.jobs import Job, Jobs, KeyConflict, NotKept
 from virtmig.integrations.api.migrations import Migrations, NotNow, shown
+from virtmig.integrations.metrics import Metrics
 from virtmig.progress import Status, Whereabouts
 from virtmig.request import MigrationRequest
 
@@ -42,7 +43,7 @@ def jobs(tmp_path: Path) -> Iterator[Jobs]:
     for job in made.all():
         started = eventually(lambda job=job: (now := made.now(job)).pid and now, "its pid, written as it starts")
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(started.pid, signal.SIGKILL)
+            os.killpg(os.getpgid(started.pid), signal.SIGKILL)
 
 
 def until_up(jobs: Jobs, job: Job) -> Job:
@@ -117,7 +118,7 @@ def test_killed_after_the_start_its_process_goes_on_and_a_new_one_knows_it(jobs:
     assert jobs.start(REQUEST, key="k", body=b"b")[1] is False
     job = until_up(jobs, job)
     eventually(lambda: starts(tmp_path) == 1, "its first line")
-    assert os.getsid(job.pid) == job.pid
+    assert os.getsid(job.pid) != os.getsid(0)
     assert jobs.ask_to_stop(job)
     eventually(lambda: not jobs.now(job).running, "its end")
     assert jobs.now(job).said == "error: told"
@@ -186,3 +187,32 @@ def test_what_is_whole_is_not_recovered(jobs: Jobs) -> None:
     with pytest.raises(NotNow, match="only a broken postcopy"):
         recover(migrations.find(one), migrations)
     assert jobs.all() == []
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "ending"),
+    [
+        ("exit 0", "completed", "completed"),
+        ("exit 1", "failed", "failed"),
+        ("kill -9 $$", "error", "broken off"),
+    ],
+)
+def test_a_record_that_stopped_is_not_taken_for_a_killed_process(
+    tmp_path: Path, code: str, status: str, ending: str
+) -> None:
+    jobs = Jobs(tmp_path / "records", command=("/bin/sh", "-c", code))
+    job, _ = jobs.start(REQUEST)
+    ended = eventually(lambda: (now := jobs.now(job)).exit_code is not None and now, "its exit status")
+    assert ended.exit_code == {"exit 0": 0, "exit 1": 1}.get(code, 137)
+    recorder = recorded(jobs.records, samples=curve(2))
+    process = subprocess.Popen(["/bin/true"])
+    process.wait()
+    text = recorder.path.read_text().replace(f'"pid":{os.getpid()}', f'"pid":{process.pid}')
+    (jobs.records / f"{job.ticket.id}.jsonl").write_text(text.replace(recorder.id, job.ticket.id))
+    recorder.path.unlink()
+    history = History(jobs.records, exit_code=jobs.exit_code)
+    found = shown(Migrations(jobs, history).find(job.ticket.id))
+    assert (found.status, found.ending, found.running, found.guest) == (status, ending, False, None)
+    assert (bool(found.sentence), found.record_id) == (True, job.ticket.id)
+    counted = Metrics(history).exposition().decode()
+    assert f'virtmig_migrations_total{{result="{ending}"}} 1.0' in counted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import socket
 import ssl
@@ -19,6 +20,7 @@ import trustme
 from tests.integrations.api.serving import served
 from virtmig.agent.config import Address, AgentConfig, AllowRow, LocalSection, TlsSection
 from virtmig.errors import ChannelError, RequestError
+from virtmig.integrations.api import serving
 from virtmig.integrations.api.app import Api
 from virtmig.integrations.api.jobs import Jobs
 from virtmig.integrations.api.serving import DEFAULT_PORT, Listening, parse_address
@@ -100,16 +102,32 @@ def client_context(authority: trustme.CA, name: str = "") -> ssl.SSLContext:
     return context
 
 
-def test_tcp_is_mutual_tls_and_takes_the_right_to_manage(api: Api, short: Path, authority: trustme.CA) -> None:
+def test_a_handshake_that_does_not_come_is_not_waited_for(
+    api: Api, short: Path, authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "HEAD_S", 0.3)
+    with (
+        served(api, LOOPBACK, with_certificates(short, authority)) as address,
+        socket.create_connection(("127.0.0.1", address.port), timeout=10) as silent,
+        contextlib.suppress(ConnectionResetError),
+    ):
+        assert silent.recv(1) == b""
+
+
+def with_certificates(folder: Path, authority: trustme.CA) -> AgentConfig:
     own = authority.issue_cert("127.0.0.1")
-    authority.cert_pem.write_to_path(short / "ca-cert.pem")
-    own.cert_chain_pems[0].write_to_path(short / "server-cert.pem")
-    own.private_key_pem.write_to_path(short / "server-key.pem")
-    config = AgentConfig(
-        tls=TlsSection(folder=str(short)),
+    authority.cert_pem.write_to_path(folder / "ca-cert.pem")
+    own.cert_chain_pems[0].write_to_path(folder / "server-cert.pem")
+    own.private_key_pem.write_to_path(folder / "server-key.pem")
+    return AgentConfig(
+        tls=TlsSection(folder=str(folder)),
         allow=(AllowRow(peer="tls:boss.example.org", rights=("manage",)),
                AllowRow(peer="tls:host-*.example.org", rights=("send", "receive"))),
     )  # fmt: skip
+
+
+def test_tcp_is_mutual_tls_and_takes_the_right_to_manage(api: Api, short: Path, authority: trustme.CA) -> None:
+    config = with_certificates(short, authority)
     with served(api, LOOPBACK, config) as address:
         url = f"https://127.0.0.1:{address.port}/v1/migrations"
         with httpx.Client(verify=client_context(authority, "boss.example.org")) as boss:
@@ -126,6 +144,43 @@ def test_tcp_is_mutual_tls_and_takes_the_right_to_manage(api: Api, short: Path, 
                 stranger.get(url)
         with pytest.raises(httpx.TransportError):
             httpx.get(url.replace("https", "http"))
+
+
+def test_whoever_sends_nothing_or_half_a_head_is_let_go(api: Api, short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "HEAD_S", 0.4)
+    path = str(short / "s")
+    halves = (b"", b"GET /v1/migrations HTTP/1.1\r\nHo",
+              b"GET /v1/migrations HTTP/1.1\r\nHost: x\r\n\r\nGET /v1/mig")  # fmt: skip
+    with served(api, Address("unix", path=path)):
+        for half in halves:
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.settimeout(10)
+                sock.connect(path)
+                sock.sendall(half)
+                with contextlib.suppress(ConnectionResetError):
+                    while sock.recv(65536):
+                        pass
+        with httpx.Client(transport=httpx.HTTPTransport(uds=path), base_url="http://virtmig") as client:
+            assert client.get("/v1/migrations").status_code == 200
+
+
+def test_a_peer_with_too_many_idle_connections_loses_its_own(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "MOST_WAITING_OF_PEER", 5)
+    monkeypatch.setattr(serving, "MOST_CONNECTIONS", 8)
+    with served(api, LOOPBACK, plain=True) as address, contextlib.ExitStack() as sockets:
+
+        def idle(host: str) -> socket.socket:
+            return sockets.enter_context(
+                socket.create_connection(("127.0.0.1", address.port), timeout=10, source_address=(host, 0))
+            )
+
+        other = idle("127.0.0.2")
+        many = [idle("127.0.0.1") for _ in range(20)]
+        with contextlib.suppress(ConnectionResetError):
+            assert many[0].recv(1) == b""
+        assert httpx.get(f"http://127.0.0.1:{address.port}/v1/migrations").status_code == 200
+        other.sendall(b"GET /v1/migrations HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert other.recv(15) == b"HTTP/1.1 200 OK"
 
 
 def test_without_the_extra_it_says_which(tmp_path: Path) -> None:

@@ -24,9 +24,9 @@ import virtmig.report
 from virtmig.errors import MigrationError
 from virtmig.integrations.api import actions, problems, schema
 from virtmig.integrations.api.events import EventStream, begins_at
-from virtmig.integrations.api.history import Head, History, whole_record
+from virtmig.integrations.api.history import Head, History, Looks, whole_record
 from virtmig.integrations.api.jobs import Job, Jobs
-from virtmig.integrations.api.migrations import Found, Migrations, shown
+from virtmig.integrations.api.migrations import Found, Migrations, shown, shown_all
 from virtmig.integrations.api.problems import Failure, failure
 from virtmig.integrations.metrics import CONTENT_TYPE, Metrics
 from virtmig.migrate import plan_only
@@ -84,7 +84,9 @@ class Api:
     """What the requests share. `source_uri` is the source host when a request names none; `readonly`: only looking."""
 
     def __init__(self, jobs: Jobs, *, source_uri: str = "", readonly: bool = False) -> None:
-        self.history = History(jobs.records)
+        self.history = History(
+            jobs.records, exit_code=jobs.exit_code, looks=Looks(actions.look), readonly=readonly
+        )  # fmt: skip
         self.migrations = Migrations(jobs, self.history)
         self.jobs = jobs
         self.metrics = Metrics(self.history)
@@ -181,7 +183,7 @@ class Api:
         page = [each for each, _ in zip(fitting, range(int(limit) + 1), strict=False)]
         kept = page[: int(limit)]
         more = kept[-1].id if len(page) > len(kept) else None
-        return _json(schema.MigrationList(migrations=[shown(each) for each in kept], next_marker=more))
+        return _json(schema.MigrationList(migrations=shown_all(kept), next_marker=more))
 
     async def show(self, request: Request) -> Response:
         return _json(shown(await self._find(request)))
@@ -226,11 +228,11 @@ class Api:
 
     async def abort(self, request: Request) -> Response:
         found = await self._find(request)
-        return await self._done(found, await _in_thread(actions.abort, found, self.jobs), 202)
+        return await self._done(found, await _in_thread(actions.abort, found, self.migrations), 202)
 
     async def postcopy(self, request: Request) -> Response:
         found = await self._find(request)
-        await _in_thread(actions.start_postcopy, found)
+        await _in_thread(actions.start_postcopy, found, self.migrations)
         return await self._done(found, "switching to postcopy", 202)
 
     async def limits(self, request: Request) -> Response:
@@ -239,7 +241,7 @@ class Api:
         if not values:
             raise failure("malformed", f"at least one of {', '.join(given)}")
         found = await self._find(request)
-        await _in_thread(actions.set_limits, found, actions.Limits(**values))
+        await _in_thread(actions.set_limits, found, actions.Limits(**values), self.migrations)
         words = ", ".join(f"{name} {value}" for name, value in values.items())
         return await self._done(found, f"set: {words}")
 

@@ -1,9 +1,10 @@
 """A migration that the API starts: a ticket on the disk first, then `virtmig migrate` in a process of its own.
 
 The ticket holds the idempotency key's digest and the request; it is on the disk before the process is made, and the
-process writes its number into the ticket's .pid file before it becomes virtmig (one /bin/sh line). Whoever finds a
+process writes its number into the ticket's .pid file before it becomes virtmig (a line of /bin/sh). Whoever finds a
 ticket without a number and without a lock therefore knows that nothing was started. The lock is on the open .log file,
-which the process inherits: it is held exactly as long as the process lives, whatever becomes of the API.
+which the process inherits: it is held as long as the process lives, whatever becomes of the API. A shell waits for it
+and writes its exit status into the .rc file: where a record stops early, that tells whether the process was killed.
 """
 
 from __future__ import annotations
@@ -35,8 +36,11 @@ KEPT_TICKETS = 500
 #: of what a process said on standard error
 _SAID_LONGEST_BYTES = 8192
 
-#: $0 is the .pid file; the process keeps its number when it becomes virtmig
-_SCRIPT = 'echo $$ > "$0" && exec "$@"'
+#: $0 is the ticket's path without its end; the inner shell keeps its number when it becomes virtmig
+_SCRIPT = """trap : TERM INT HUP
+sh -c 'echo $$ > "$0.pid" && exec "$@"' "$0" "$@"
+echo $? > "$0.rc"
+"""
 
 
 class KeyConflict(MigrationError):
@@ -61,12 +65,16 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """A ticket and what became of its process. `said`: its last words on standard error."""
+    """A ticket and what became of its process. `said`: its last words on standard error.
+
+    `exit_code`: as the shell gives it, 128 and more for a signal; None: it runs, or the shell was killed too.
+    """
 
     ticket: Ticket
     pid: int
     running: bool
     said: str = ""
+    exit_code: int | None = None
 
 
 class Jobs:
@@ -164,12 +172,12 @@ class Jobs:
     def _spawn(self, ticket: Ticket) -> None:
         request = MigrationRequest(ticket.request)
         words = shlex.split(request.replace(quiet=True).virtmig_line(ticket.source_uri))[1:]
-        pid_file = self.folder / f"{ticket.id}.pid"
+        (self.folder / f"{ticket.id}.rc").unlink(missing_ok=True)
         log = os.open(self._log(ticket.id), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(log, fcntl.LOCK_EX)  # a look at it by `_is_locked` is over at once
             process = subprocess.Popen(
-                ["/bin/sh", "-c", _SCRIPT, str(pid_file), *self.command, *words],
+                ["/bin/sh", "-c", _SCRIPT, str(self.folder / ticket.id), *self.command, *words],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -208,7 +216,15 @@ class Jobs:
     def _job(self, ticket: Ticket) -> Job:
         running = self._is_locked(ticket.id)
         pid = self._pid(ticket.id)
-        return Job(ticket=ticket, pid=pid, running=running, said="" if running else self._said(ticket.id))
+        if running:
+            return Job(ticket=ticket, pid=pid, running=True)
+        return Job(ticket=ticket, pid=pid, running=False, said=self._said(ticket.id),
+                   exit_code=self.exit_code(ticket.id))  # fmt: skip
+
+    def exit_code(self, ticket_id: str) -> int | None:
+        with contextlib.suppress(OSError, ValueError):
+            return int((self.folder / f"{ticket_id}.rc").read_text())
+        return None
 
     def ask_to_stop(self, job: Job) -> bool:
         """SIGTERM, before there is anything to abort; the process ends safely by itself. False: it has ended."""

@@ -7,24 +7,23 @@ nova/objects/migration.py for the statuses. KubeVirt's phase stands beside it.
 from __future__ import annotations
 
 import datetime
+import logging
 import time
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from virtmig.cli.display import NOVA_STATUS
 from virtmig.errors import MigrationError
-from virtmig.integrations.api.history import Head, History
+from virtmig.integrations.api.history import KILLED, Ending, Head, History, ending_of
 from virtmig.integrations.api.jobs import Job, Jobs
 from virtmig.progress import Outcome, Phase, Status, Whereabouts
 
+log = logging.getLogger("virtmig.api")
+
 NovaStatus = Literal["queued", "preparing", "running", "post-migrating", "completed", "failed", "error", "cancelled"]
 KubevirtPhase = Literal["Pending", "PreparingTarget", "Running", "Succeeded", "Failed"]
-#: virtmig's own word for how it ended; "broken off": whoever ran it was killed, and only the hosts can tell
-Ending = Literal[
-    "completed", "aborted", "failed", "refused", "detached", "postcopy-interrupted", "broken off"
-]  # fmt: skip
-
 _KUBEVIRT: dict[str, KubevirtPhase] = {
     "queued": "Pending",
     "preparing": "PreparingTarget",
@@ -34,6 +33,10 @@ _KUBEVIRT: dict[str, KubevirtPhase] = {
 }
 #: from the ticket to its process; longer only when the API was killed between the two
 QUEUED_S = 30.0
+#: for hosts that were never asked about a postcopy that was let go of
+_LOOK_S = 3.0
+#: the first and the last second that a date can have
+_FIRST_S, _LAST_S = 0.0, 253402300799.0
 #: places from which nobody but a person can help
 _ATTENTION = (Whereabouts.SPLIT, Whereabouts.DOUBLED, Whereabouts.LOST, Whereabouts.UNKNOWN)
 
@@ -59,7 +62,8 @@ class Reason(msgspec.Struct, frozen=True):
 class Migration(msgspec.Struct, frozen=True, kw_only=True):
     """`id` names its record too, for `virtmig show`; `record_id` is null until that is begun.
 
-    Bytes and rates are of the last sample.
+    Bytes and rates are of the last sample. A postcopy that virtmig has let go of is `post-migrating`, with the ending
+    `detached`, until the hosts have said how it ended.
     """
 
     id: str
@@ -148,12 +152,13 @@ class Found(msgspec.Struct, frozen=True):
 
     @property
     def ending(self) -> Ending | None:
-        if self.outcome is not None:
-            return self.outcome.status.value
-        if self.head is not None and self.head.refused is not None:
-            return "refused"
+        if self.head is not None and self.head.ending != "broken off":
+            return self.head.ending
         if self.running or self.queued:
             return None
+        code = self.job.exit_code if self.job is not None else None
+        if code is not None:
+            return "broken off" if code >= KILLED else ending_of(code)
         return "failed" if self.job is not None and _errors(self.job.said)[0] else "broken off"
 
     @property
@@ -162,7 +167,9 @@ class Found(msgspec.Struct, frozen=True):
         if outcome is not None:
             if outcome.status is Status.COMPLETED:
                 return "completed"
-            if outcome.guest in _ATTENTION and outcome.status is not Status.DETACHED:
+            if outcome.status is Status.DETACHED:
+                return "post-migrating" if self.running else "error"
+            if outcome.guest in _ATTENTION:
                 return "error"
             return "cancelled" if outcome.status is Status.ABORTED else "failed"
         if self.running:
@@ -170,6 +177,8 @@ class Found(msgspec.Struct, frozen=True):
             return "post-migrating" if status in ("completed", "failed", "cancelled") else status
         if self.queued:
             return "queued"
+        if self.ending == "completed":
+            return "completed"
         return "failed" if self.ending in ("refused", "failed") else "error"
 
 
@@ -191,8 +200,21 @@ class Migrations:
         """Raises NotThere."""
         for each in self.all():
             if wanted == each.id:
+                if each.head is not None and each.head.detached:
+                    return Found(each.id, each.job, self.history.head(each.id, wait_s=_LOOK_S) or each.head)
                 return each
         raise NotThere(f"no migration is called '{wanted}'", hint="GET /v1/migrations lists them")
+
+    def newer(self, found: Found) -> Found | None:
+        """A migration of the same guest that runs and began later: what is done to the guest now is done to that."""
+        if found.head is None:
+            return None
+        for each in self.all():
+            if each.id <= found.id:
+                return None
+            if each.running and each.head is not None and _same_guest(each.head, found.head):
+                return each
+        return None
 
     def again(self, found: Found) -> Found:
         """The same one as it is now, without a look at all others. Raises NotThere."""
@@ -200,6 +222,24 @@ class Migrations:
             return self.find(found.id)
         job = self.jobs.now(found.job) if found.job is not None else None
         return Found(found.id, job, self.history.head(found.head.id) or found.head)
+
+
+def _same_guest(one: Head, other: Head) -> bool:
+    mine, theirs = one.began.guest, other.began.guest
+    if mine is not None and theirs is not None and mine.uuid and theirs.uuid:
+        return mine.uuid == theirs.uuid
+    return (one.began.domain, one.began.source) == (other.began.domain, other.began.source)
+
+
+def shown_all(found: Iterable[Found]) -> list[Migration]:
+    """Those that can be shown: one damaged record does not hide the others."""
+    shown_ones = []
+    for each in found:
+        try:
+            shown_ones.append(shown(each))
+        except Exception as error:
+            log.warning("%s cannot be shown: %s: %s", each.id, type(error).__name__, error)
+    return shown_ones
 
 
 def shown(found: Found) -> Migration:
@@ -269,6 +309,8 @@ def _sentence(found: Found) -> str | None:
             return f"{domain} was left alone: the plan was refused before anything started"
         case "broken off":
             return f"whoever migrated {domain} was killed; where it runs, both hosts can tell"
+        case "completed" if found.outcome is None:
+            return f"the migration of {domain} was completed; its record had stopped before"
         case "failed" if found.outcome is None:
             return f"the migration of {domain} ended before its record was finished"
     return found.outcome.sentence if found.outcome is not None else None
@@ -277,7 +319,7 @@ def _sentence(found: Found) -> str | None:
 def _words(found: Found) -> tuple[str, str]:
     if found.outcome is not None:
         return found.outcome.error, found.outcome.hint
-    if found.running:
+    if found.running or found.ending == "completed":
         return "", ""
     error, hint = _errors(found.job.said) if found.job is not None else ("", "")
     if not error and found.ending == "broken off":
@@ -294,6 +336,6 @@ def _errors(said: str) -> tuple[str, str]:
 
 
 def _time(seconds: float) -> str:
-    return (
-        datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    )
+    """Of a damaged record too, whose time no calendar has."""
+    date = datetime.datetime.fromtimestamp(min(max(seconds, _FIRST_S), _LAST_S), datetime.UTC)
+    return date.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -254,13 +254,14 @@ def _paths() -> dict[str, Any]:
         },
         f"{one}/limits": {
             "parameters": [_ID],
-            "patch": _operation("limits", "Change bandwidth and downtime limits while it runs",
+            "patch": _operation("limits", "Change limits while it runs; not the downtime's in postcopy",
                                 {"200": _reply("Done", "They are set")}, f"400 413 415 {_ACT}",
                                 requestBody=_body("NewLimits")),
         },
         f"{one}/recover": {
             "parameters": [_ID],
-            "post": _operation("recover", "Go on with a postcopy that broke", {"201": started, "200": there},
+            "post": _operation("recover", "Go on with a postcopy that broke, not with one that goes on by itself",
+                               {"201": started, "200": there},
                                f"400 507 {_ACT}", parameters=[_KEY]),
         },
         f"{one}/events": {

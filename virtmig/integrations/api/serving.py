@@ -15,10 +15,13 @@ import re
 import shutil
 import socket
 import stat
-from asyncio import Transport
+import struct
+from asyncio import SelectorEventLoop, Server, TimerHandle, Transport
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import h11
 import msgspec
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -35,6 +38,10 @@ DEFAULT_PORT = 16516
 SOCKET_MODE = 0o660
 #: connections at once; uvicorn answers 503 beyond
 MOST_CONNECTIONS = 400
+#: a connection without a whole request's head is let go after so long, and earlier when a peer has too many of them
+HEAD_S = 10.0
+MOST_WAITING = 200
+MOST_WAITING_OF_PEER = 50
 #: SIGTERM: requests may finish that long, event streams are cut
 STOP_S = 3
 _BACKLOG = 128
@@ -127,10 +134,54 @@ class Peered:
         await self._app({**scope, **self._known}, receive, send)
 
 
+class Waiting:
+    """The connections of one listener on which no request is under way, the oldest first. For the event loop alone.
+
+    Whoever opens too many loses the oldest of its own, and never the place of somebody else.
+    """
+
+    def __init__(self) -> None:
+        self._peers: dict[Transport, str] = {}
+
+    def add(self, transport: Transport, peer: str) -> None:
+        if transport in self._peers:
+            return
+        self._peers[transport] = peer
+        mine = [each for each, whose in self._peers.items() if whose == peer]
+        if len(mine) > MOST_WAITING_OF_PEER:
+            self._let_go(mine[0])
+        elif len(self._peers) > MOST_WAITING:
+            most, _ = Counter(self._peers.values()).most_common(1)[0]
+            self._let_go(next(each for each, whose in self._peers.items() if whose == most))
+
+    def discard(self, transport: Transport) -> None:
+        self._peers.pop(transport, None)
+
+    def _let_go(self, transport: Transport) -> None:
+        self.discard(transport)
+        transport.abort()
+
+
+def _peer(transport: Transport) -> str:
+    """Who it is: the address over TCP, the process on a local socket (SO_PEERCRED)."""
+    connection = transport.get_extra_info("socket")
+    if connection is not None and connection.family == socket.AF_UNIX:
+        size = struct.calcsize("3i")
+        pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+        return f"process {pid} of user {uid}"
+    return str((transport.get_extra_info("peername") or ("",))[0])
+
+
 def protocol(allow: AllowList | None, names: tuple[str, ...] | None) -> type[H11Protocol]:
-    """uvicorn's HTTP/1.1 for one listener. `allow`: rights of peers with a certificate; `names`: Host headers taken."""
+    """uvicorn's HTTP/1.1 for one listener. `allow`: rights of peers with a certificate; `names`: Host headers taken.
+
+    uvicorn waits for a request's head as long as it takes; here HEAD_S are enough.
+    """
+    waiting = Waiting()
 
     class Protocol(H11Protocol):
+        head_timer: TimerHandle | None = None
+
         def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             known: dict[str, Any] = {"virtmig.abort": transport.abort, "virtmig.names": names}
@@ -141,8 +192,54 @@ def protocol(allow: AllowList | None, names: tuple[str, ...] | None) -> type[H11
                 except MigrationError as error:
                     known["virtmig.refusal"] = f"{error}; {error.hint}"
             self.app = Peered(self.app, known)
+            self.peer = _peer(transport)
+            self._wait(begun=True)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._look_again()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._look_again()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._heard()
+            super().connection_lost(exc)
+
+        def _look_again(self) -> None:
+            if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+                self._wait(begun=bool(self.conn.trailing_data[0]))
+            else:
+                self._heard()
+
+        def _wait(self, *, begun: bool) -> None:
+            """For a head; one that has not begun after a request is uvicorn's own to wait for."""
+            waiting.add(self.transport, self.peer)
+            if begun and self.head_timer is None:
+                self.head_timer = self.loop.call_later(HEAD_S, self.transport.abort)
+            elif not begun:
+                self._stop_timer()
+
+        def _heard(self) -> None:
+            waiting.discard(self.transport)
+            self._stop_timer()
+
+        def _stop_timer(self) -> None:
+            if self.head_timer is not None:
+                self.head_timer.cancel()
+                self.head_timer = None
 
     return Protocol
+
+
+class Loop(SelectorEventLoop):
+    """A TLS handshake gets HEAD_S too, for which uvicorn has no setting."""
+
+    async def create_server(self, *where: Any, **more: Any) -> Server:
+        if more.get("ssl") is not None:
+            more["ssl_handshake_timeout"] = HEAD_S
+        return await super().create_server(*where, **more)
 
 
 class Listening:
@@ -163,7 +260,7 @@ class Listening:
                 http=protocol(AllowList(config.allow) if tls else None, names),
                 ws="none",
                 lifespan="off",
-                loop="asyncio",
+                loop=f"{__name__}:Loop",
                 log_config=None,
                 access_log=False,
                 server_header=False,

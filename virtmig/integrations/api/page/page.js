@@ -111,7 +111,7 @@
     }
     find(selector) { return this.element.querySelector(selector); }
     update(migration) {
-      const before = this.migration;
+      const before = this.migration, at = document.activeElement;
       this.migration = migration;
       if (migration.dest_node) {
         this.find("h3").textContent = migration.domain + ": " + migration.source_node + " to " + migration.dest_node;
@@ -121,7 +121,13 @@
       this.find(".postcopy").hidden = !migration.postcopy_allowed || inPostcopy;
       this.find(".postcopy").disabled = migration.phase !== "precopy";
       this.find(".abort").hidden = inPostcopy;
+      this.keepPlace(at);
       if (before && before.phase !== migration.phase) by("told").textContent = migration.domain + ": " + migration.phase;
+    }
+    keepPlace(before) {
+      // a button that is hidden or disabled, maybe behind a dialog, loses the keyboard's place; `before`: where it was
+      const lost = this.element.contains(before) && (before.hidden || before.disabled);
+      if (lost && [document.body, before].includes(document.activeElement)) this.find("h3").focus({ preventScroll: true });
     }
     numbers(now) {
       const migration = this.migration;
@@ -178,7 +184,9 @@
       requestAnimationFrame(() => {
         this.waiting = false;
         const total = this.last.total_bytes, left = this.last.remaining_bytes;
-        this.percent = Math.max(this.percent || this.migration.percent, total && left != null ? Math.min(99, 100 - 100 * left / total) : 0);
+        const now = total && left != null ? Math.min(99, 100 - 100 * left / total) : 0;
+        const reached = this.last.converging === false ? 0 : this.percent || this.migration.percent;
+        this.percent = Math.max(reached, now);
         this.numbers({ ...this.last, percent: this.percent });
         this.charts.forEach(chart => chart.refresh());
       });
@@ -201,7 +209,12 @@
         ". From then on it cannot be aborted, and it needs both hosts until it has finished.", "Switch it");
     }
     async act(name, title, text, yes) {
-      if (this.acting || !await ask(title, text, yes)) return;
+      if (this.acting) return;
+      const at = document.activeElement;
+      if (!await ask(title, text, yes)) {
+        setTimeout(() => this.keepPlace(at));
+        return;
+      }
       this.acting = true; // a disabled button would lose the keyboard's place
       try {
         const done = await call("/v1/migrations/" + this.id + "/" + name, "POST");
@@ -212,6 +225,7 @@
         say(error.message);
       } finally {
         this.acting = false;
+        this.keepPlace(at);
       }
       look();
     }
