@@ -62,6 +62,14 @@ class Oracle:
         self._child.stdout.close()
 
     def _ask(self, *words: str) -> str | None:
+        said = self._ask_once(words)
+        if said is not None and "Unable to parse RNG" in said:  # libxml2 has lost its type libraries: no opinion
+            self.close()
+            self._child = self._start()
+            said = self._ask_once(words)
+        return said
+
+    def _ask_once(self, words: tuple[str, ...]) -> str | None:
         assert self._child.stdin is not None
         assert self._child.stdout is not None
         self._child.stdin.write(json.dumps(words) + "\n")
