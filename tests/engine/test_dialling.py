@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.engine.test_outgoing import POSTCOPY, SLOW_BYTES_PER_S, folder_of, nothing_is_left, send  # noqa: F401
-from tests.support.destination_peer import destination_peer
+from tests.support.destination_peer import DestinationPeer, destination_peer
 from tests.support.emulators import dialect
 from tests.support.images import recording, waiting
 from tests.support.recorder import Emulator
@@ -23,6 +23,15 @@ from virtmig.stream.wire import Dialect
 
 PREEMPT: dict[str, Any] = {"postcopy": True, "preempt": True, "destination": Dialect.QEMU_11_1}
 ASK = RequestPages("pc.ram", 5000 * PAGE_BYTES, PAGE_BYTES, True)
+
+
+def asked_before(peer: DestinationPeer) -> dict[str, Any]:
+    """What lets the page be asked for before the background comes to it."""
+
+    def wait(report: SendProgress) -> None:
+        assert not report.guest_runs or peer.asked.wait(20)
+
+    return {"progress": wait, "bandwidth_bytes_per_s": SLOW_BYTES_PER_S}
 
 
 @pytest.mark.parametrize("told", [None, Dialect.QEMU_11_1], ids=["", "told 11.1"])
@@ -52,7 +61,7 @@ def test_end_is_held_back_when_preempt_is_turned_away_late(folder_of: Callable[[
         thread = threading.Thread(target=turn_away, name="peer turns away")
         thread.start()
         with pytest.raises(ChannelError, match="preempt") as failure:
-            send(folder_of("7.2-plain"), address, **PREEMPT)
+            send(folder_of("7.2-plain"), address, **PREEMPT, **asked_before(peer))
         thread.join()
         assert peer.ran.is_set()
         assert not peer.ended.is_set()
@@ -66,7 +75,7 @@ def test_end_is_held_back_while_a_unix_peer_leaves_a_page_unread(
 ) -> None:
     with destination_peer(tmp_path / "s", ask=ASK) as (peer, address):
         with pytest.raises(ChannelError, match="preempt: the destination takes nothing for 1 s") as failure:
-            send(folder_of("7.2-plain"), address, stall_s=1, **PREEMPT)
+            send(folder_of("7.2-plain"), address, stall_s=1, **PREEMPT, **asked_before(peer))
         assert peer.ran.is_set()
         assert not peer.ended.is_set()
     assert failure.value.guest is Whereabouts.SPLIT
@@ -80,7 +89,8 @@ def test_end_goes_out_when_preempt_was_taken(
 ) -> None:
     path = tmp_path / "s" if unix else None
     with destination_peer(path, ask=ASK, end=Shut(0), accepts=1) as (peer, address):
-        result = send(folder_of("7.2-plain"), address, **{**PREEMPT, "destination": Dialect.QEMU_7_2})
+        told = {**PREEMPT, "destination": Dialect.QEMU_7_2}
+        result = send(folder_of("7.2-plain"), address, **told, **asked_before(peer))
         assert peer.ended.is_set()
     assert result.requests_served == 1
 

@@ -59,7 +59,10 @@ def test_asking_the_test_driver() -> None:
         assert host.ask(domain.UUIDString(), incoming=False).presence is Presence.RUNNING
         assert host.ask("00000000-1111-2222-3333-444444444444", incoming=False).presence is Presence.ABSENT
         domain.suspend()
-        assert host.ask(domain.UUIDString(), incoming=False).presence is Presence.PAUSED
+        try:
+            assert host.ask(domain.UUIDString(), incoming=False).presence is Presence.PAUSED
+        finally:
+            domain.resume()  # the driver is shared by the whole process, as long as anybody holds a connection to it
     finally:
         host.close()
 

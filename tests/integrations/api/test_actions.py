@@ -81,7 +81,7 @@ def test_hosts_are_asked_what_became_of_it(tmp_path: Path) -> None:
         request={**began.request, "desturi": "test:///default"},
     )  # fmt: skip
     both = look(Head(began=began, path=tmp_path))
-    assert (both.guest, both.status, both.goes_on) == (Whereabouts.DOUBLED, Status.FAILED, False)
+    assert (both.guest, both.status, both.goes_on) == (Whereabouts.DOUBLED, Status.FAILED, False), both.sentence
     assert "runs on both amber and beryl" in both.sentence
     began.request["desturi"] = "no+such:///driver"
     assert look(Head(began=began, path=tmp_path)).guest is Whereabouts.UNKNOWN
