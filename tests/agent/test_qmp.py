@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import select
+import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -147,11 +150,23 @@ def test_what_cannot_be_started(tmp_path: Path) -> None:
         ask_emulator(str(tmp_path / "none"))
     path = tmp_path / "plain"
     path.write_text("#!/no/such/interpreter\n")
-    with pytest.raises(ChannelError, match="cannot be started: Permission denied"):
+    with pytest.raises(ChannelError, match="Permission denied"):
         ask_emulator(str(path))
     path.chmod(0o755)
-    with pytest.raises(ChannelError, match="cannot be started: No such file"):
+    with pytest.raises(ChannelError, match="No such file"):
         ask_emulator(str(path))
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv of util-linux")
+def test_it_goes_with_an_agent_that_is_killed(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "began")
+    path = binary(tmp_path, f"echo > {tmp_path}/began; exec sleep 600")
+    code = "import sys; from virtmig.agent.qmp import ask_emulator; ask_emulator(sys.argv[1], seconds=600)"
+    with subprocess.Popen([sys.executable, "-c", code, path]) as agent:
+        assert (tmp_path / "began").read_bytes()
+        with os.fdopen(os.pidfd_open(int((tmp_path / "pid").read_text()))) as emulator:
+            agent.kill()
+            assert select.select([emulator], [], [], 20)[0]
 
 
 def test_nothing_of_the_agents_environment_reaches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 import msgspec
@@ -172,6 +174,14 @@ def read_schema(rows: Sequence[dict[str, Any]]) -> SchemaFacts:
 # -- the process and its monitor -----------------------------------------------------------------------------------
 
 
+def _leash() -> tuple[str, ...]:
+    """Ends the QEMU with the thread that asks it, also when that one is killed: at the end of its monitor it stays."""
+    found = shutil.which("setpriv")
+    if found is None or Path(found).resolve().name != "setpriv":  # busybox has one without --pdeathsig
+        return ()
+    return (found, "--pdeathsig", "KILL", "--")
+
+
 @contextlib.contextmanager
 def _started(command: Sequence[str], name: str, seconds: float) -> Iterator[_Monitor]:
     deadline = time.monotonic() + seconds
@@ -180,7 +190,7 @@ def _started(command: Sequence[str], name: str, seconds: float) -> Iterator[_Mon
         try:
             with there:
                 process = subprocess.Popen(
-                    [*command, *_ARGUMENTS],
+                    [*_leash(), *command, *_ARGUMENTS],
                     stdin=there.fileno(),
                     stdout=there.fileno(),
                     stderr=errors,

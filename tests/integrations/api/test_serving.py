@@ -20,7 +20,7 @@ import trustme
 from tests.integrations.api.serving import served
 from virtmig.agent.config import Address, AgentConfig, AllowRow, LocalSection, TlsSection
 from virtmig.errors import ChannelError, RequestError
-from virtmig.integrations.api import serving
+from virtmig.integrations.api import app, serving
 from virtmig.integrations.api.app import Api
 from virtmig.integrations.api.jobs import Jobs
 from virtmig.integrations.api.serving import DEFAULT_PORT, Listening, parse_address
@@ -162,6 +162,19 @@ def test_whoever_sends_nothing_or_half_a_head_is_let_go(api: Api, short: Path, m
                         pass
         with httpx.Client(transport=httpx.HTTPTransport(uds=path), base_url="http://virtmig") as client:
             assert client.get("/v1/migrations").status_code == 200
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(api: Api, short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "BODY_S", 0.3)
+    path = str(short / "s")
+    head = b"POST /v1/plans HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+    with served(api, Address("unix", path=path)), socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(10)
+        sock.connect(path)
+        sock.sendall(head + b'{"dom')
+        reply = b"".join(iter(lambda: sock.recv(65536), b""))
+    assert reply.startswith(b"HTTP/1.1 408 ")
+    assert b"5 bytes came within 0.3 s" in reply
 
 
 def test_a_peer_with_too_many_idle_connections_loses_its_own(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import logging
 import tempfile
@@ -42,6 +43,7 @@ MOST_PLANS = 4
 PLAN_S = 90.0
 MOST_STREAMS = 100
 BODY_LONGEST_BYTES = 24 << 20
+BODY_S = 30.0
 _PAGE = Path(__file__).parent / "page"
 _ASSETS = Path(virtmig.report.__file__).parent / "assets"
 #: file of the page -> (where it is, its type)
@@ -385,14 +387,19 @@ def _internal(request: Request, error: Exception) -> Response:
 
 
 async def _body(request: Request) -> bytes:
-    """Raises Failure for what is no JSON or too much of it."""
+    """Raises Failure for what is no JSON, too much of it, or does not come to its end."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise failure("media-type", "the body is read as application/json only")
     found = bytearray()
-    async for piece in request.stream():
-        found += piece
-        if len(found) > BODY_LONGEST_BYTES:
-            raise failure("too-large", f"at most {BODY_LONGEST_BYTES} bytes")
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for piece in request.stream():
+                found += piece
+                if len(found) > BODY_LONGEST_BYTES:
+                    raise failure("too-large", f"at most {BODY_LONGEST_BYTES} bytes")
+    except TimeoutError:
+        late = f"{len(found)} bytes came within {BODY_S:g} s, and not the end"
+        raise failure("slow", late, headers={"Connection": "close"}) from None
     return bytes(found)
 
 

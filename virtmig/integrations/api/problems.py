@@ -56,6 +56,7 @@ KINDS: dict[str, tuple[int, str]] = {
     "key": (409, "The idempotency key belongs to another request"),
     "libvirt": (409, "libvirt said no"),
     "error": (409, "It cannot be done"),
+    "slow": (408, "The body did not come"),
     "too-large": (413, "The body is too large"),
     "media-type": (415, "The body must be application/json"),
     "busy": (429, "Too much at once"),

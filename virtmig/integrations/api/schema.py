@@ -227,11 +227,11 @@ def _paths() -> dict[str, Any]:
     one = "/v1/migrations/{id}"
     started = {**_reply("Migration", "It was started"), "headers": _LOCATION}
     there = {**_reply("Migration", "It was started before, with the same key"), "headers": _LOCATION}
-    start_bad = "400 403 404 409 413 415 429 500 504 507"
+    start_bad = "400 403 404 408 409 413 415 429 500 504 507"
     return {
         "/v1/plans": {"post": _operation(
             "plan", "What would be done, and why; starts nothing", {"200": _reply("PlanAnswer", "A plan")},
-            "400 403 404 409 413 415 429 500 504", requestBody=_body("NewMigration"))},
+            "400 403 404 408 409 413 415 429 500 504", requestBody=_body("NewMigration"))},
         "/v1/migrations": {
             "get": _operation("list", "Running and past migrations, the newest first",
                               {"200": _reply("MigrationList", "One page")}, "400 403 404 500", parameters=_QUERY),
@@ -255,7 +255,7 @@ def _paths() -> dict[str, Any]:
         f"{one}/limits": {
             "parameters": [_ID],
             "patch": _operation("limits", "Change limits while it runs; not the downtime's in postcopy",
-                                {"200": _reply("Done", "They are set")}, f"400 413 415 {_ACT}",
+                                {"200": _reply("Done", "They are set")}, f"400 408 413 415 {_ACT}",
                                 requestBody=_body("NewLimits")),
         },
         f"{one}/recover": {
