@@ -134,10 +134,14 @@ class Limited(JobView):
     def __init__(self) -> None:
         super().__init__(None, "")  # type: ignore[arg-type]
         self.values: list[int | None] = [313, 8796093022207, 0]
+        self.paused = False
 
     @property
     def domain(self) -> Any:
         return self
+
+    def state(self, flags: int) -> list[int]:
+        return [libvirt.VIR_DOMAIN_PAUSED, 0] if self.paused else [libvirt.VIR_DOMAIN_RUNNING, 0]
 
     def migrateGetMaxDowntime(self, flags: int) -> int | None:
         return self.values[0]
@@ -162,3 +166,17 @@ def test_limits_that_others_change_are_seen_and_a_speed_only_when_it_changes() -
     before = job.limits
     job._read_limits()
     assert job.limits is before, "it was read just now"
+
+
+def test_the_bandwidth_that_libvirt_brings_back_when_precopy_has_ended_is_nobodys_change() -> None:
+    job = Limited()
+    job.values = [313, 64, 0]
+    job.paused = True
+    job.read()
+    job.paused = False
+    limits = job.read()
+    assert limits == Limits(downtime_ms=313), "the first one is nobody's change either"
+    job.paused, job.values = True, [313, 8796093022207, 0]
+    assert job.read() == limits
+    job.values = [313, 8796093022207, 7]
+    assert job.read().postcopy_bandwidth_mib_s == 7

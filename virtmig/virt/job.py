@@ -243,7 +243,7 @@ class JobView:
     def _read_limits(self) -> None:
         """As they are now, every LIMITS_EVERY_S; what does not come in time stays as it was.
 
-        virDomainMigrateGetMaxSpeed gives what virDomainMigrateSetMaxSpeed has set, not what the job was started with:
+        virDomainMigrateGetMaxSpeed may give what virDomainMigrateSetMaxSpeed has set, not what the job was started with:
         only a change tells what is in force.
         """
         if time.monotonic() - self._limits_read_at < LIMITS_EVERY_S and self._speeds_before is not None:
@@ -251,9 +251,12 @@ class JobView:
 
         def look() -> tuple[int | None, int | None, int | None]:
             domain = self.domain
+            speed = _number_of(lambda: domain.migrateGetMaxSpeed(0))
+            if domain.state(0)[0] == libvirt.VIR_DOMAIN_PAUSED:
+                speed = None  # libvirt brings the one of before the job back when precopy has ended (qemuMigrationSrcRun)
             return (
                 _number_of(lambda: domain.migrateGetMaxDowntime(0)),
-                _number_of(lambda: domain.migrateGetMaxSpeed(0)),
+                speed,
                 _number_of(lambda: domain.migrateGetMaxSpeed(libvirt.VIR_DOMAIN_MIGRATE_MAX_SPEED_POSTCOPY)),
             )
 
@@ -270,9 +273,10 @@ class JobView:
         before, (speed, postcopy_speed) = self._speeds_before, speeds
         self.limits = Limits(
             downtime_ms=known.downtime_ms if downtime_ms is None else downtime_ms,
-            bandwidth_mib_s=known.bandwidth_mib_s if speed in (None, before[0]) else speed,
-            postcopy_bandwidth_mib_s=known.postcopy_bandwidth_mib_s if postcopy_speed in (None, before[1])
-            else postcopy_speed,
+            bandwidth_mib_s=known.bandwidth_mib_s if before[0] is None or speed in (None, before[0])
+            else speed,
+            postcopy_bandwidth_mib_s=known.postcopy_bandwidth_mib_s if before[1] is None
+            or postcopy_speed in (None, before[1]) else postcopy_speed,
         )  # fmt: skip
         self._speeds_before = (before[0] if speed is None else speed,
                                before[1] if postcopy_speed is None else postcopy_speed)  # fmt: skip
