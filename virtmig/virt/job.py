@@ -183,6 +183,11 @@ def _number_of(call: Callable[[], Any]) -> int | None:
     return None
 
 
+def _changed(before: int | None, now: int | None, known: int | None) -> int | None:
+    """What is in force: `known`, unless two answers differ."""
+    return known if before is None or now in (None, before) else now
+
+
 class JobView:
     """Samples of, and actions on, the outgoing migration job of a domain; `host` is the source.
 
@@ -243,8 +248,8 @@ class JobView:
     def _read_limits(self) -> None:
         """As they are now, every LIMITS_EVERY_S; what does not come in time stays as it was.
 
-        virDomainMigrateGetMaxSpeed may give what virDomainMigrateSetMaxSpeed has set, not what the job was started with:
-        only a change tells what is in force.
+        virDomainMigrateGetMaxSpeed may give what virDomainMigrateSetMaxSpeed has set, and not what the job was started
+        with: only a change tells what is in force.
         """
         if time.monotonic() - self._limits_read_at < LIMITS_EVERY_S and self._speeds_before is not None:
             return
@@ -253,7 +258,9 @@ class JobView:
             domain = self.domain
             speed = _number_of(lambda: domain.migrateGetMaxSpeed(0))
             if domain.state(0)[0] == libvirt.VIR_DOMAIN_PAUSED:
-                speed = None  # libvirt brings the one of before the job back when precopy has ended (qemuMigrationSrcRun)
+                speed = (
+                    None  # libvirt brings the one of before the job back when precopy has ended (qemuMigrationSrcRun)
+                )
             return (
                 _number_of(lambda: domain.migrateGetMaxDowntime(0)),
                 speed,
@@ -270,16 +277,16 @@ class JobView:
         known = self.limits
         if self._speeds_before is None:
             self._speeds_before = speeds[0], speeds[1]
-        before, (speed, postcopy_speed) = self._speeds_before, speeds
+        (before, postcopy_before), (speed, postcopy_speed) = self._speeds_before, speeds
         self.limits = Limits(
             downtime_ms=known.downtime_ms if downtime_ms is None else downtime_ms,
-            bandwidth_mib_s=known.bandwidth_mib_s if before[0] is None or speed in (None, before[0])
-            else speed,
-            postcopy_bandwidth_mib_s=known.postcopy_bandwidth_mib_s if before[1] is None
-            or postcopy_speed in (None, before[1]) else postcopy_speed,
-        )  # fmt: skip
-        self._speeds_before = (before[0] if speed is None else speed,
-                               before[1] if postcopy_speed is None else postcopy_speed)  # fmt: skip
+            bandwidth_mib_s=_changed(before, speed, known.bandwidth_mib_s),
+            postcopy_bandwidth_mib_s=_changed(postcopy_before, postcopy_speed, known.postcopy_bandwidth_mib_s),
+        )
+        self._speeds_before = (
+            before if speed is None else speed,
+            postcopy_before if postcopy_speed is None else postcopy_speed,
+        )
 
     def start_postcopy(self) -> None:
         with translated():
