@@ -7,6 +7,7 @@ import threading
 import libvirt
 import pytest
 
+from virtmig.virt.connection import close_connection
 from virtmig.virt.hosts import Host, NoAnswerError, answer_within, read_state
 from virtmig.whereabouts import Presence
 
@@ -24,6 +25,44 @@ def test_a_call_that_hangs_is_no_answer() -> None:
     try:
         with pytest.raises(NoAnswerError, match=r"0\.05 s"):
             answer_within(0.05, release.wait)
+    finally:
+        release.set()
+
+
+class Connection:
+    """Only its end counts."""
+
+    def __init__(self) -> None:
+        self.closed = threading.Event()
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+def test_no_connection_is_closed_under_a_call_that_nobody_waits_for() -> None:
+    """libvirt 9.0 reads the connection again when the call comes back: with a frozen daemon it was freed by then."""
+    release, connection = threading.Event(), Connection()
+    try:
+        with pytest.raises(NoAnswerError):
+            answer_within(0.01, release.wait)
+        close_connection(connection)
+        assert not connection.closed.is_set()
+    finally:
+        release.set()
+    assert connection.closed.wait(20)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_connection_is_closed_at_once_where_no_call_can_be_on_it(own: bool) -> None:
+    release, connection = threading.Event(), Connection()
+    try:
+        if own:
+            with pytest.raises(NoAnswerError):
+                answer_within(0.01, release.wait, own=True)
+        else:
+            answer_within(20, lambda: None)
+        close_connection(connection)
+        assert connection.closed.is_set()
     finally:
         release.set()
 

@@ -296,7 +296,7 @@ def _ask_libvirt(config: AgentConfig, guest: GuestFacts | None) -> tuple[HostFac
             close_connection(connection)
 
     try:
-        return answer_within(config.deadlines.probe_s, ask, "virtmig-libvirt"), uri
+        return answer_within(config.deadlines.probe_s, ask, "virtmig-libvirt", own=True), uri
     except (VirtError, NoAnswerError) as error:
         return None, f"{uri}: {error}"
 

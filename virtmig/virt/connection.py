@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +28,11 @@ FENCED_KEEPALIVE = (2, 3)
 #: what `open_connection` uses when it is told nothing else; virsh's -k and -K set it
 default_keepalive = (KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT)
 
+#: so long a call of another thread may hold up a close before that is left to a thread of its own
+_CLOSE_PATIENCE_S = 0.2
+
+_calls_lock = threading.Lock()
+_calls: set[threading.Thread] = set()  # each in a call on a connection that others may close
 _loop_lock = threading.Lock()
 _loop_thread: threading.Thread | None = None
 
@@ -113,9 +119,43 @@ def _connect_hint(uri: str, text: str) -> str:
     return f"try: virsh -c '{uri}' version" if uri else ""
 
 
+def start_call(run: Callable[[], None], name: str) -> None:
+    """A thread in which `run` uses connections: while it does, `close_connection` closes none."""
+
+    def counted() -> None:
+        try:
+            run()
+        finally:
+            with _calls_lock:
+                _calls.discard(thread)
+
+    thread = threading.Thread(target=counted, name=name, daemon=True)
+    with _calls_lock:
+        thread.start()
+        _calls.add(thread)
+
+
 def close_connection(connection: Any) -> None:
-    with contextlib.suppress(libvirt.libvirtError):
-        connection.close()
+    """Close it behind the calls of other threads. Those that nobody waits for any more may be on this connection, and
+    libvirt frees it under them (virDomainLookupByUUIDString and its like hold no reference).
+    """
+    with _calls_lock:
+        others = _calls - {threading.current_thread()}
+    deadline = time.monotonic() + _CLOSE_PATIENCE_S
+    for thread in others:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    late = [thread for thread in others if thread.is_alive()]
+
+    def close() -> None:
+        for thread in late:
+            thread.join()
+        with contextlib.suppress(libvirt.libvirtError):
+            connection.close()
+
+    if late:
+        threading.Thread(target=close, name="virtmig-close", daemon=True).start()
+    else:
+        close()
 
 
 @contextlib.contextmanager

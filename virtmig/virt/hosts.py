@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import libvirt
 
 from virtmig.errors import ConnectionFailed
-from virtmig.virt.connection import close_connection, is_connection_error, open_connection
+from virtmig.virt.connection import close_connection, is_connection_error, open_connection, start_call
 from virtmig.whereabouts import HostAnswer, Presence
 
 T = TypeVar("T")
@@ -29,8 +29,11 @@ class NoAnswerError(Exception):
     """The call did not come back in time; it may still be running in its thread."""
 
 
-def answer_within(seconds: float, call: Callable[[], T], name: str = "virtmig-ask") -> T:
-    """Run `call` in a thread and return its result or raise its error; NoAnswerError after `seconds`."""
+def answer_within(seconds: float, call: Callable[[], T], name: str = "virtmig-ask", *, own: bool = False) -> T:
+    """Run `call` in a thread and return its result or raise its error; NoAnswerError after `seconds`.
+
+    `own`: it uses no connection but those that it opens itself. Otherwise none is closed before it has come back.
+    """
     box: queue.Queue[tuple[bool, Any]] = queue.Queue(1)
 
     def run() -> None:
@@ -39,7 +42,10 @@ def answer_within(seconds: float, call: Callable[[], T], name: str = "virtmig-as
         except Exception as error:
             box.put((False, error))
 
-    threading.Thread(target=run, name=name, daemon=True).start()
+    if own:
+        threading.Thread(target=run, name=name, daemon=True).start()
+    else:
+        start_call(run, name)
     try:
         came_back, value = box.get(timeout=seconds)
     except queue.Empty:
@@ -98,7 +104,7 @@ class Host:
                 if not is_connection_error(error):
                     return HostAnswer(self.name, Presence.NO_ANSWER, detail)
                 try:
-                    answer_within(max(0.1, deadline - time.monotonic()), self.reconnect)
+                    answer_within(max(0.1, deadline - time.monotonic()), self.reconnect, own=True)
                 except (ConnectionFailed, NoAnswerError) as failed:
                     detail = str(failed)
                     time.sleep(min(0.2, max(0.0, deadline - time.monotonic())))
@@ -115,7 +121,7 @@ class Host:
         if not self._owned:
             return
         with contextlib.suppress(NoAnswerError, libvirt.libvirtError):
-            answer_within(1.0, lambda: close_connection(self._connection), "virtmig-close")
+            answer_within(1.0, lambda: close_connection(self._connection), "virtmig-close", own=True)
 
 
 def _find(connection: Any, uuid: str) -> Any | None:

@@ -173,7 +173,7 @@ def _ask(uri: str, name: str, uuid: str, *, incoming: bool) -> tuple[HostAnswer,
     libvirt calls the source of a postcopy failed when its client has gone, though QEMU goes on: two samples tell.
     """
     try:
-        host = answer_within(ACTION_S, lambda: Host(uri), "virtmig-look-open")
+        host = answer_within(ACTION_S, lambda: Host(uri), "virtmig-look-open", own=True)
     except (MigrationError, NoAnswerError) as error:
         return silent(name, str(error)), False
     try:
@@ -215,7 +215,7 @@ def _on_source(found: Found, call: Callable[[Any, str], T]) -> T:
             return call(connection, domain)
 
     try:
-        return answer_within(ACTION_S, act, "virtmig-action")
+        return answer_within(ACTION_S, act, "virtmig-action", own=True)
     except NoAnswerError:
         raise failure(
             "late", f"the source's libvirt daemon has not answered within {ACTION_S:g} s; it may still do it",

@@ -128,7 +128,7 @@ class Api:
                 return schema.PlanAnswer(refused=plan.refused, plan=plan, virtmig_line=wanted.virtmig_line(source_uri))
 
             try:
-                return answer_within(PLAN_S, look, "virtmig-plan")
+                return answer_within(PLAN_S, look, "virtmig-plan", own=True)
             except NoAnswerError:
                 raise failure(
                     "late", f"the hosts have not told what they can do within {PLAN_S:g} s; nothing was started",
