@@ -2,11 +2,13 @@
 
 No daemon, no guest: XMLs are parsed, validated and completed by the real driver. Its check of the guest's ABI is
 reached by redefining an inactive snapshot (virDomainSnapshotRedefinePrep calls virDomainDefCheckABIStability). The
-child has a folder of its own; should libvirt crash, only the child dies. Run as a program it is that child.
+child has a folder of its own; should libvirt crash, only the child dies, and the next one begins with an empty
+folder: what killed the first may lie in the old one. Run as a program it is that child.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -18,6 +20,9 @@ from typing import Any
 #: so that QEMU's capabilities are probed once, as whoever runs the tests (see virQEMUCapsIsValid)
 _QEMU_CONF = 'user = "+{uid}"\ngroup = "+{gid}"\nsecurity_driver = "none"\n'
 
+#: the first line of a child whose driver answers
+_READY = "ready\n"
+
 #: what the checks of src/conf/domain_conf.c, cpu_conf.c, numa_conf.c and qemu_domain.c say
 _ABI = re.compile(r"does not match|doesn't match|differs|would change default|count .* does")
 
@@ -26,20 +31,31 @@ class Oracle:
     """Asks the child. An answer is "" for yes, or libvirt's words; None when libvirt died of the question."""
 
     def __init__(self, folder: Path) -> None:
-        (folder / "etc").mkdir()
-        (folder / "etc/qemu.conf").write_text(_QEMU_CONF.format(uid=os.getuid(), gid=os.getgid()))
         self._folder = folder
+        self._children = 0
         self._child = self._start()
 
     def _start(self) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, __file__, str(self._folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, "LIBVIRT_LOG_OUTPUTS": "4:stderr"},
-        )
+        """Raises RuntimeError with the child's words when the driver cannot be had."""
+        self._children += 1
+        root = self._folder / str(self._children)
+        (root / "etc").mkdir(parents=True)
+        (root / "etc/qemu.conf").write_text(_QEMU_CONF.format(uid=os.getuid(), gid=os.getgid()))
+        said = root / "stderr"
+        with said.open("w") as stderr:
+            child = subprocess.Popen(
+                [sys.executable, __file__, str(root)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env={**os.environ, "LIBVIRT_LOG_OUTPUTS": "4:stderr"},
+            )
+        assert child.stdout is not None
+        if child.stdout.readline() != _READY:
+            status = child.wait(30)
+            raise RuntimeError(f"the embedded driver did not start (status {status}): {said.read_text()[-2000:]}")
+        return child
 
     def define(self, xml: str) -> str | None:
         """Can this be defined, with validation against the schema?"""
@@ -57,29 +73,35 @@ class Oracle:
     def close(self) -> None:
         assert self._child.stdin is not None
         assert self._child.stdout is not None
-        self._child.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # the end of a child that is dead already
+            self._child.stdin.close()
         self._child.wait(30)
         self._child.stdout.close()
 
     def _ask(self, *words: str) -> str | None:
+        """Asked again when the child is gone or sick: that may come of earlier questions. Twice dead is an answer."""
         said = self._ask_once(words)
-        if said is not None and "Unable to parse RNG" in said:  # libxml2 has lost its type libraries: no opinion
-            self.close()
-            self._child = self._start()
+        if said is None or "Unable to parse RNG" in said:  # libxml2 has lost its type libraries: no opinion
+            self._start_again()
             said = self._ask_once(words)
+            if said is None:
+                self._start_again()
         return said
 
     def _ask_once(self, words: tuple[str, ...]) -> str | None:
         assert self._child.stdin is not None
         assert self._child.stdout is not None
-        self._child.stdin.write(json.dumps(words) + "\n")
-        self._child.stdin.flush()
-        answer = self._child.stdout.readline()
-        if not answer:
-            self.close()
-            self._child = self._start()
+        try:
+            self._child.stdin.write(json.dumps(words) + "\n")
+            self._child.stdin.flush()
+        except BrokenPipeError:
             return None
-        return str(json.loads(answer))
+        answer = self._child.stdout.readline()
+        return str(json.loads(answer)) if answer else None
+
+    def _start_again(self) -> None:
+        self.close()
+        self._child = self._start()
 
 
 def emulated(xml: str) -> str:
@@ -110,6 +132,7 @@ def _serve(folder: str) -> None:
 
     threading.Thread(target=loop, daemon=True).start()
     connection = libvirt.open(f"qemu:///embed?root={folder}")
+    print(_READY, end="", flush=True)
     known: dict[str, Any] = {}
 
     def define(xml: str) -> Any:
