@@ -230,7 +230,8 @@ VERBS: tuple[Verb, ...] = (
     Verb(
         name="list", help="list migrations that were recorded, the newest first", ours=True,
         description="Every migration that virtmig runs leaves a record ($VIRTMIG_RECORDS, /var/lib/virtmig/records of "
-        "root, ~/.local/state/virtmig/records of others).",
+        "root, ~/.local/state/virtmig/records of others). Those that libvirt's hook alone has seen here, which virsh, "
+        "Nova or another host ran, stand among them with what the hook knows: came, left, vetoed (virtmig hooks).",
         options=(
             Option(name="domain", kind=Kind.STRING, help="those of this domain alone", positional=True),
             Option(name="limit", kind=Kind.NUMBER, help="at most so many (default 20)", minimum=1, maximum=10_000),

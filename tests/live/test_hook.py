@@ -153,10 +153,18 @@ def test_a_migration_that_fails_without_the_rewrite_succeeds_with_it(
     assert f"{IMAGES}b/disk.img" in arrived[0]["changes"][0]
     assert {(row["uuid"], row["host"]) for row in arrived} == {(elsewhere.uuid, "lab-b")}
     assert eventually(lambda: hooks["a"].phases(of=elsewhere)[-2:] == ["stopped", "release"], "the source's last words")
-    command = [sys.executable, "-I", "-c", "from virtmig.cli.main import run; run()", "hooks"]
-    history = subprocess.run(full_lab.b.command([*command, "history"]), capture_output=True, text=True, timeout=30)
+    command = [sys.executable, "-I", "-c", "from virtmig.cli.main import run; run()"]
+    history = subprocess.run(
+        full_lab.b.command([*command, "hooks", "history"]), capture_output=True, text=True, timeout=30
+    )
     assert (history.returncode, history.stderr) == (0, "")
     assert history.stdout.splitlines()[1].split()[2:4] == [elsewhere.name, "came"]
+    listed = subprocess.run(
+        full_lab.b.command([*command, "list", "--json", elsewhere.name]), capture_output=True, text=True, timeout=30
+    )
+    assert (listed.returncode, listed.stderr) == (0, "")
+    row = json.loads(listed.stdout.splitlines()[0])  # virsh ran it: there is no record
+    assert (row["domain"], row["destination"], row["status"]) == (elsewhere.name, "lab-b", "came")
 
 
 def test_a_guest_that_is_refused_runs_on_at_the_source(

@@ -85,7 +85,7 @@ def _status(folder: Path, *, json_wanted: bool) -> int:
 
 def _history(folder: Path, config: str, *, limit: int, json_wanted: bool) -> int:
     """The newest first."""
-    log = hook_files.status(folder).log or read_settings(config).log or hook_log.default_log()
+    log = hook_files.log_file(folder, config)
     try:
         seen = sorted(hook_log.migrations(hook_log.read(log)), key=lambda each: -each.began)[:limit]
     except OSError as error:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from virtmig.cli import sightings
 from virtmig.errors import RequestError
+from virtmig.integrations.hook_log import Seen
 from virtmig.quantities import duration_text, size_text
 from virtmig.report.explain import compare, explain, log_lines, policy_from_toml, replay
 from virtmig.report.records import Record, all_records, encode_row, find_record
@@ -22,16 +24,37 @@ _HEADINGS = ("id", "when", "domain", "from", "to", "status", "guest", "took", "s
 
 
 def run_list(values: dict[str, Any], options: GlobalOptions) -> int:
-    """The newest first; --json: one object a line."""
+    """The newest first, what only the hook has seen among them; --json: one object a line."""
     wanted = str(values.get("domain") or "")
-    found = [record for record in all_records() if not wanted or record.began.domain == wanted]
-    found = found[: int(values.get("limit") or 20)]
+    records = all_records()
+    known: list[Record | Seen] = [record for record in records if not wanted or record.began.domain == wanted]
+    known += [seen for seen in sightings.unrecorded(records) if not wanted or seen.guest == wanted]
+    known.sort(key=_time, reverse=True)
+    found = known[: int(values.get("limit") or 20)]
     if values.get("json"):
-        for record in found:
-            print(msgspec.json.encode(_summary(record)).decode())
+        for each in found:
+            print(msgspec.json.encode(_summary(each)).decode())
         return 0
     _print_table([_HEADINGS, *map(_row, found)])
     return 0
+
+
+def _time(known: Record | Seen) -> float:
+    return known.began.time if isinstance(known, Record) else known.began
+
+
+def _find(wanted: str) -> Record | Seen:
+    """The record, or what only the hook has seen; by a domain's name or `last` the newer of them."""
+    record, missing = None, None
+    try:
+        record = find_record(wanted)
+    except RequestError as error:
+        missing = error
+    seen = sightings.find(wanted, all_records())
+    if record is None and seen is None:
+        assert missing is not None
+        raise missing
+    return max((each for each in (record, seen) if each is not None), key=_time)
 
 
 def _print_table(rows: list[tuple[str, ...]]) -> None:
@@ -47,7 +70,9 @@ def printable(text: str) -> str:
     return "".join(each if each.isprintable() or each == "\n" else f"\\x{ord(each):02x}" for each in text)
 
 
-def _row(record: Record) -> tuple[str, ...]:
+def _row(record: Record | Seen) -> tuple[str, ...]:
+    if isinstance(record, Seen):
+        return sightings.row(record)
     outcome = record.outcome
     return (
         record.id,
@@ -63,7 +88,9 @@ def _row(record: Record) -> tuple[str, ...]:
     )
 
 
-def _summary(record: Record) -> dict[str, Any]:
+def _summary(record: Record | Seen) -> dict[str, Any]:
+    if isinstance(record, Seen):
+        return sightings.summary(record)
     began, outcome = record.began, record.outcome
     return {
         "id": record.id,
@@ -80,7 +107,9 @@ def _summary(record: Record) -> dict[str, Any]:
 
 def run_show(values: dict[str, Any], options: GlobalOptions) -> int:
     """One record: a summary and the plan; --json: every row; --redact: without names and addresses."""
-    record = find_record(str(values["id"]))
+    record = find_record(str(values["id"])) if values.get("redact") else _find(str(values["id"]))
+    if isinstance(record, Seen):
+        return _show_seen(record, json_wanted=bool(values.get("json")))
     if values.get("redact"):
         sys.stdout.writelines(line.decode() for line in redacted(record))
         return 0
@@ -102,13 +131,27 @@ def run_show(values: dict[str, Any], options: GlobalOptions) -> int:
     return 0
 
 
+def _show_seen(seen: Seen, *, json_wanted: bool) -> int:
+    if json_wanted:
+        for each in seen.rows:
+            print(msgspec.json.encode(each).decode())
+        return 0
+    for name, text in (*zip(_HEADINGS, _row(seen), strict=True), *sightings.show(seen)):
+        print(f"{name:<10} {printable(text)}")
+    return 0
+
+
 def run_logs(values: dict[str, Any], options: GlobalOptions) -> int:
-    print("\n".join(map(printable, log_lines(find_record(str(values["id"]))))))
+    known = _find(str(values["id"]))
+    lines = log_lines(known) if isinstance(known, Record) else sightings.log_lines(known)
+    print("\n".join(map(printable, lines)))
     return 0
 
 
 def run_explain(values: dict[str, Any], options: GlobalOptions) -> int:
-    print("\n".join(map(printable, explain(find_record(str(values["id"]))))))
+    known = _find(str(values["id"]))
+    lines = explain(known) if isinstance(known, Record) else sightings.explain(known)
+    print("\n".join(map(printable, lines)))
     return 0
 
 

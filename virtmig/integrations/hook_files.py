@@ -161,6 +161,12 @@ def status(folder: Path = HOOKS_FOLDER) -> Status:
     )  # fmt: skip
 
 
+def log_file(folder: Path = HOOKS_FOLDER, config: str = SYSTEM_FILE) -> str:
+    """Where the hook of `folder` notes what it sees; of the one that `config` would give where none is installed."""
+    ours = next((path for path in _places(folder) if is_ours(path)), None)
+    return read_settings(_filled_in(ours, "config") if ours else config).log or hook_log.default_log()
+
+
 def installed_libvirt() -> tuple[int, ...]:
     """The version of this host's daemon, by its program; () where there is none or it says something else."""
     folders = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])

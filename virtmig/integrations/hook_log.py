@@ -76,10 +76,15 @@ def _rows(lines: Iterable[bytes]) -> Iterator[Row]:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and isinstance(row.get("time"), (int, float)) and "operation" in row:
+        if isinstance(row, dict) and _is_time(row.get("time")) and isinstance(row.get("operation"), str):
             yield row
+
+
+def _is_time(value: object) -> bool:
+    """Of a day that a calendar has."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 253402300800
 
 
 class Seen(NamedTuple):
