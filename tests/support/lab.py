@@ -147,6 +147,9 @@ def guest(lab: Lab) -> Iterator[GuestFactory]:
         values = {"name": f"t{next(_numbers)}", "memory_mib": 48, "dirty_mib_s": 4.0, **settings}
         fresh = LabGuest(where, GuestSettings(**values))
         made.append(fresh)
+        for host in where.hosts:  # a daemon that crashed in an earlier test fails that one alone
+            host.start_daemon()
+            host.await_daemon()
         where.start_guest(fresh.settings, persistent=persistent)
         return fresh
 
