@@ -307,7 +307,7 @@ def test_setup_a_second_time_is_quick_and_silent() -> None:
     result = run_dev("setup", cwd=Path("/"))
     elapsed_s = time.monotonic() - before
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-    assert elapsed_s < 2
+    assert elapsed_s < 15
 
 
 def test_clean_removes_what_was_made_and_nothing_else(checkout: Path) -> None:

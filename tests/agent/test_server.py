@@ -204,7 +204,7 @@ def test_hello_is_answered_in_time_when_libvirt_hangs(place: Path, monkeypatch: 
     with Host(place / "a") as source, Host(place / "b") as destination:
         begun = time.monotonic()
         handshake(source, destination.address, heard=heard.append)
-        assert time.monotonic() - begun < 5.0
+        assert time.monotonic() - begun < PATIENCE_S
         [hello] = [message for message in heard if message.name == "Hello" and not message.source]
         assert any("libvirt: no answer for" in text for text in hello.content["facts"]["unanswered"])
         handshake(source, destination.address)

@@ -205,7 +205,7 @@ def test_a_slow_answer_is_no_answer() -> None:
     never = threading.Event()
     begun = time.monotonic()
     assert within(0.05, lambda: [str(never.wait())]) == []
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 20
     never.set()
 
 
@@ -223,7 +223,7 @@ def test_a_host_that_never_answers_does_not_hang_the_shell(folder: Path) -> None
         uri = f"qemu+tcp://127.0.0.1:{server.getsockname()[1]}/system"
         begun = time.monotonic()
         assert ask_bash(folder, f"virtmig -c {uri} domjobinfo ") == [""]
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < 30
 
 
 ALIASES = """

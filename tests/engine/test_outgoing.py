@@ -430,7 +430,7 @@ def test_a_peer_that_stalls(settings: dict[str, Any], reads_bytes: int, folder_o
     began = time.monotonic()
     with rude_peer(reads_bytes, closes=False) as address, pytest.raises(ChannelError, match=r"0\.2 s"):
         send(folder_of("7.2-plain"), address, stall_s=0.2, **settings)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_a_signal_aborts_whoever_does_not_read(lab: Lab, guest: GuestFactory, tm
             began = time.monotonic()
             process.send_signal(signal.SIGINT)
             eventually(lambda: domain.jobStats(0).get("type", 0) == libvirt.VIR_DOMAIN_JOB_NONE, "the abort", 30)
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 20
         finally:
             subprocess.run(["fsfreeze", "-u", folder], check=False)
             text, ends = b"", time.monotonic() + 20
