@@ -45,16 +45,16 @@ def _time(known: Record | Seen) -> float:
 
 def _find(wanted: str) -> Record | Seen:
     """The record, or what only the hook has seen; by a domain's name or `last` the newer of them."""
-    record, missing = None, None
     try:
         record = find_record(wanted)
-    except RequestError as error:
-        missing = error
+    except RequestError:
+        if (seen := sightings.find(wanted, all_records())) is None:
+            raise
+        return seen
+    if wanted and record.id.startswith(wanted):
+        return record
     seen = sightings.find(wanted, all_records())
-    if record is None and seen is None:
-        assert missing is not None
-        raise missing
-    return max((each for each in (record, seen) if each is not None), key=_time)
+    return record if seen is None or seen.began < record.began.time else seen
 
 
 def _print_table(rows: list[tuple[str, ...]]) -> None:
