@@ -241,15 +241,15 @@ class FalseDestination:
             host, "control", time.monotonic(), judge=lambda proposal, hosts: self._answer(proposal), peer="x"
         )
         decoder = FrameDecoder("control", FIRST | ON_CONTROL)
-        sock.sendall(PREFACE)
-        while data := sock.recv(65536):
-            decoder.feed(data)
-            for event in decoder.events():
-                assert isinstance(event, Control)
-                for action in side.receive(event, time.monotonic()):
-                    if isinstance(action, Send):
-                        sock.sendall(action.frame)
-        sock.close()
+        with sock, contextlib.suppress(BrokenPipeError, ConnectionResetError):  # whom we do not please hangs up
+            sock.sendall(PREFACE)
+            while data := sock.recv(65536):
+                decoder.feed(data)
+                for event in decoder.events():
+                    assert isinstance(event, Control)
+                    for action in side.receive(event, time.monotonic()):
+                        if isinstance(action, Send):
+                            sock.sendall(action.frame)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
