@@ -17,7 +17,9 @@ from tests.support.emulators import dialect
 from tests.support.images import own_emulator, recording, waiting
 from tests.support.recorder import Emulator
 from virtmig.engine.image import Image
+from virtmig.engine.manifest import read_manifest
 from virtmig.engine.outgoing import Outgoing, SendSettings
+from virtmig.engine.refusal import Part, Sent, not_started
 from virtmig.engine.transport import Address, Stop
 from virtmig.errors import ChannelError, GuestMemoryError, MigrationError
 from virtmig.progress import Whereabouts
@@ -114,6 +116,16 @@ def test_the_part_without_an_answer_is_what_was_refused(
             send(folder_of("7.2-plain"), address, stall_s=0.5, **settings)
         assert not peer.ran.is_set()
     assert failure.value.guest is Whereabouts.SOURCE
+
+
+@pytest.mark.parametrize("part", [Part.CHANNELS, Part.BLOCKS, Part.PAGES])
+def test_channels_too_many_may_be_noticed_late(part: Part, folder_of: FolderOf) -> None:  # noqa: F811
+    """A busy QEMU answers a PING before it looks at a connection that waits."""
+    folder = folder_of("7.2-plain")
+    error = ChannelError("multifd 1: writing: Connection reset by peer")
+    not_started(error, Sent(read_manifest(folder), folder, Address.parse("tcp:127.0.0.1:1"), SendSettings(**TWO)), part)
+    assert "with multifd-channels 2 as --parallel-connections" in error.hint
+    assert error.guest is Whereabouts.SOURCE
 
 
 # -- the image's files -------------------------------------------------------------------------------------------------

@@ -121,10 +121,11 @@ def _refused(sent: Sent, part: Part, *, silent: bool) -> tuple[str, list[str]]:
     count = settings.multifd_channels
     if part is Part.CONNECTION:
         return "", []
+    channels = f"its multifd must be on, with multifd-channels {count} as --parallel-connections says"
     if part in (Part.OPENING, Part.CHANNELS):
         hints = []
         if count:
-            hints.append(f"its multifd must be on, with multifd-channels {count} as --parallel-connections says")
+            hints.append(channels)
         elif silent:
             hints.append("if its multifd is on it waits for the channels: say --parallel-connections N as there")
         if settings.preempt:
@@ -143,12 +144,13 @@ def _refused(sent: Sent, part: Part, *, silent: bool) -> tuple[str, list[str]]:
         blocks = sorted(manifest.blocks, key=lambda block: -block.length)
         named = ", ".join(f"{block.name} {size_text(block.length)}" for block in blocks[:4])
         rest = f" and {len(blocks) - 4} more" if len(blocks) > 4 else ""
-        return "its memory is not laid out as the guest's", [
-            f"the guest has {named}{rest}: start that QEMU with the same -m, -M and devices"
-        ]
+        layout = f"the guest has {named}{rest}: start that QEMU with the same -m, -M and devices"
+        if count:  # it may have answered before it looked at a connection too many
+            return "its memory is not laid out as the guest's, or it expects other channels", [layout, channels]
+        return "its memory is not laid out as the guest's", [layout]
     hints = ["that QEMU's standard error says why; its command line must be the source's, with -incoming defer"]
     if count:
-        hints.insert(0, f"its multifd-compression must be {settings.compression}")
+        hints = [f"its multifd-compression must be {settings.compression}", channels, *hints]
     return "", hints
 
 
