@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -290,9 +291,13 @@ def test_disks_that_are_local_read_only_or_being_copied(full_lab: Lab, tmp_path:
 
 @pytest.mark.slow
 def test_guests_that_cannot_move_at_all(full_lab: Lab) -> None:
-    device = "<shmem name='x' role='peer'><model type='ivshmem-plain'/><size unit='M'>1</size></shmem></devices>"
-    with changed(full_lab, "</devices>", device) as guest:
-        refused_alike(full_lab, guest, to_uri3({}, LIVE | P2P), (55, 10), same_words=False)
+    name = f"vm-{os.getpid()}"
+    device = f"<shmem name='{name}' role='peer'><model type='ivshmem-plain'/><size unit='M'>1</size></shmem></devices>"
+    try:
+        with changed(full_lab, "</devices>", device) as guest:
+            refused_alike(full_lab, guest, to_uri3({}, LIVE | P2P), (55, 10), same_words=False)
+    finally:
+        Path("/dev/shm", name).unlink(missing_ok=True)  # QEMU leaves it: a server would own it
     with changed(full_lab, flags=libvirt.VIR_DOMAIN_START_AUTODESTROY) as guest:
         fails_alike(full_lab, guest, to_uri3({}, LIVE | P2P), (55, 10))
 
