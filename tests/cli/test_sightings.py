@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.test_report_commands import say
 from tests.integrations.test_libvirt_hook import PLAIN, RULE, UUID, Hook
 from tests.report.test_records import curve, outcome, recorded
-from virtmig.cli.main import main
 from virtmig.integrations import hook_log
 
 CAME = ("migrate", "prepare", "start", "started")
@@ -22,11 +22,6 @@ def hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hook:
     monkeypatch.setenv("VIRTMIG_RECORDS", str(tmp_path / "records"))
     monkeypatch.setenv("VIRTMIG_HOOK_LOG", str(hook.log))
     return hook
-
-
-def say(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    assert main(list(words)) == 0
-    return capsys.readouterr().out
 
 
 def listed(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, object]]:

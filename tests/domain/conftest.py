@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,20 +20,17 @@ SAMPLES = Path(__file__).resolve().parents[2] / "xml" / "domains"
 def oracle() -> Iterator[Oracle]:
     if importlib.util.find_spec("libvirt") is None:
         pytest.skip("libvirt-python is not installed")
-    folder = tempfile.mkdtemp(prefix="vm-", dir="/tmp")
-    try:
-        oracle = Oracle(Path(folder))
-    except RuntimeError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        pytest.skip(f"libvirt's embedded QEMU driver cannot be had here: {error}")
-    said = oracle.define((SAMPLES / "plain.xml").read_text())
-    if said != "":
-        oracle.close()
-        shutil.rmtree(folder, ignore_errors=True)
-        pytest.skip(f"libvirt's embedded QEMU driver cannot be had here: {said or 'it died'}")
-    yield oracle
-    oracle.close()
-    shutil.rmtree(folder, ignore_errors=True)
+    missing = "libvirt's embedded QEMU driver cannot be had here"
+    with tempfile.TemporaryDirectory(prefix="vm-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        try:
+            oracle = Oracle(Path(folder))
+        except RuntimeError as error:
+            pytest.skip(f"{missing}: {error}")
+        with contextlib.closing(oracle):
+            said = oracle.define((SAMPLES / "plain.xml").read_text())
+            if said != "":
+                pytest.skip(f"{missing}: {said or 'it died'}")
+            yield oracle
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,8 @@ def run_list(values: dict[str, Any], options: GlobalOptions) -> int:
     wanted = str(values.get("domain") or "")
     records = all_records()
     known: list[Record | Seen] = [record for record in records if not wanted or record.began.domain == wanted]
-    known += [seen for seen in sightings.unrecorded(records) if not wanted or seen.guest == wanted]
+    seen = [each for each in sightings.all_seen() if not wanted or each.guest == wanted]
+    known += sightings.unrecorded(seen, records)
     known.sort(key=_time, reverse=True)
     found = known[: int(values.get("limit") or 20)]
     if values.get("json"):
@@ -48,12 +50,12 @@ def _find(wanted: str) -> Record | Seen:
     try:
         record = find_record(wanted)
     except RequestError:
-        if (seen := sightings.find(wanted, all_records())) is None:
+        if (seen := sightings.find(wanted)) is None:
             raise
         return seen
     if wanted and record.id.startswith(wanted):
         return record
-    seen = sightings.find(wanted, all_records())
+    seen = sightings.find(wanted)
     return record if seen is None or seen.began < record.began.time else seen
 
 
@@ -126,9 +128,13 @@ def run_show(values: dict[str, Any], options: GlobalOptions) -> int:
     if record.outcome is not None and record.outcome.error:
         rows.append(("error", record.outcome.error))
     rows += [("refused", reason + (f" -> {way_out}" if way_out else "")) for _, reason, way_out in record.refusals]
+    _print_named(rows)
+    return 0
+
+
+def _print_named(rows: Iterable[tuple[str, str]]) -> None:
     for name, text in rows:
         print(f"{name:<10} {printable(text)}")
-    return 0
 
 
 def _show_seen(seen: Seen, *, json_wanted: bool) -> int:
@@ -136,8 +142,7 @@ def _show_seen(seen: Seen, *, json_wanted: bool) -> int:
         for each in seen.rows:
             print(msgspec.json.encode(each).decode())
         return 0
-    for name, text in (*zip(_HEADINGS, _row(seen), strict=True), *sightings.show(seen)):
-        print(f"{name:<10} {printable(text)}")
+    _print_named((*zip(_HEADINGS, _row(seen), strict=True), *sightings.show(seen)))
     return 0
 
 

@@ -16,25 +16,29 @@ from virtmig.errors import RequestError
 from virtmig.integrations import hook_files
 from virtmig.integrations.hook_log import RESULTS, Seen, migrations, read
 from virtmig.integrations.libvirt_hook import TEST_LOG
-from virtmig.report.records import Record
+from virtmig.report.records import Record, all_records
 
 #: how far a hook's clock and phases may lie outside of the record of the same migration
 _SLACK_S = 5.0
 
 
-def unrecorded(records: Iterable[Record]) -> list[Seen]:
+def all_seen() -> list[Seen]:
     """The newest first; none where the hook's log cannot be read."""
     try:
-        seen = list(migrations(read(os.environ.get(TEST_LOG) or hook_files.log_file())))
+        seen = migrations(read(os.environ.get(TEST_LOG) or hook_files.log_file()))
     except OSError:
         return []
+    return sorted(seen, key=lambda each: -each.began)
+
+
+def unrecorded(seen: Iterable[Seen], records: Iterable[Record]) -> list[Seen]:
+    """Those of `seen` that have no record, in the same order."""
     spans: dict[str, list[tuple[float, float]]] = {}
     for record in records:
         last_s = record.rows[-1].at_s if record.rows else 0.0
         end = float("inf") if record.status == "running" else record.began.time + last_s
         spans.setdefault(record.began.domain, []).append((record.began.time - _SLACK_S, end + _SLACK_S))
-    alone = [each for each in seen if not any(a <= each.began <= b for a, b in spans.get(each.guest, ()))]
-    return sorted(alone, key=lambda each: -each.began)
+    return [each for each in seen if not any(a <= each.began <= b for a, b in spans.get(each.guest, ()))]
 
 
 def identity(seen: Seen) -> str:
@@ -43,16 +47,20 @@ def identity(seen: Seen) -> str:
     return time.strftime("%Y%m%d-%H%M%S", time.gmtime(seen.began)) + "-" + digits.ljust(6, "0")
 
 
-def find(wanted: str, records: Iterable[Record]) -> Seen | None:
-    """By id, the beginning of one, a domain's name (its newest), or `last`. Raises RequestError where two would do."""
-    seen = unrecorded(records)
-    if wanted in ("", "last"):
-        return seen[0] if seen else None
-    found = [each for each in seen if identity(each).startswith(wanted)]
-    if len({identity(each) for each in found}) > 1:
-        some = ", ".join(map(identity, found[:4]))
-        raise RequestError(f"{len(found)} migrations begin with '{wanted}': {some}", option="id", hint="say more of it")
-    return next((each for each in (*found, *seen) if each in found or each.guest == wanted), None)
+def find(wanted: str) -> Seen | None:
+    """By id, the beginning of one, a domain's name (its newest), or `last`. Raises RequestError where two would do.
+
+    The records are read only where the hook has seen something of the kind.
+    """
+    seen = all_seen()
+    if wanted not in ("", "last"):
+        seen = [each for each in seen if each.guest == wanted or identity(each).startswith(wanted)]
+    seen = unrecorded(seen, all_records()) if seen else []
+    begin = [each for each in seen if wanted and identity(each).startswith(wanted)]
+    if len(set(map(identity, begin))) > 1:
+        some = ", ".join(map(identity, begin[:4]))
+        raise RequestError(f"{len(begin)} migrations begin with '{wanted}': {some}", option="id", hint="say more of it")
+    return next(iter(begin or seen), None)
 
 
 def row(seen: Seen) -> tuple[str, ...]:

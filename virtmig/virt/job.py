@@ -257,10 +257,9 @@ class JobView:
         def look() -> tuple[int | None, int | None, int | None]:
             domain = self.domain
             speed = _number_of(lambda: domain.migrateGetMaxSpeed(0))
+            # asked behind it: at precopy's end libvirt brings back the one of before the job (qemuMigrationSrcRun)
             if domain.state(0)[0] == libvirt.VIR_DOMAIN_PAUSED:
-                speed = (
-                    None  # libvirt brings the one of before the job back when precopy has ended (qemuMigrationSrcRun)
-                )
+                speed = None
             return (
                 _number_of(lambda: domain.migrateGetMaxDowntime(0)),
                 speed,
@@ -275,9 +274,7 @@ class JobView:
         finally:
             self._limits_read_at = time.monotonic()
         known = self.limits
-        if self._speeds_before is None:
-            self._speeds_before = speeds[0], speeds[1]
-        (before, postcopy_before), (speed, postcopy_speed) = self._speeds_before, speeds
+        (before, postcopy_before), (speed, postcopy_speed) = self._speeds_before or speeds, speeds
         self.limits = Limits(
             downtime_ms=known.downtime_ms if downtime_ms is None else downtime_ms,
             bandwidth_mib_s=_changed(before, speed, known.bandwidth_mib_s),
