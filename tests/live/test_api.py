@@ -303,7 +303,7 @@ def test_the_pages_switch_to_postcopy_keeps_the_keyboards_place(
 def test_sigterm_ends_the_api_and_no_migration(lab: Lab, folder: Path, guest: GuestFactory) -> None:
     fresh = guest()
     api = ApiProcess(lab, folder)
-    one = api.start(fresh, bandwidth=8).json()["id"]
+    one = api.start(fresh, bandwidth=24).json()["id"]
     api.until(one, phase="precopy")
     api.process.send_signal(signal.SIGTERM)
     assert api.process.wait(15) == 0
