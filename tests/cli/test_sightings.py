@@ -10,6 +10,7 @@ import pytest
 from tests.cli.test_report_commands import say
 from tests.integrations.test_libvirt_hook import PLAIN, RULE, UUID, Hook
 from tests.report.test_records import curve, outcome, recorded
+from virtmig.cli.main import main
 from virtmig.integrations import hook_log
 
 CAME = ("migrate", "prepare", "start", "started")
@@ -80,6 +81,17 @@ def test_an_earlier_migration_of_the_same_guest_is_another(
     assert [row["status"] for row in listed(capsys, "opal")] == ["completed", "not begun"]
     assert "What was planned:" in say(capsys, "explain", "opal")  # the newer one
     assert "opal came to beryl" in say(capsys, "explain", "20231114")
+
+
+def test_two_records_that_begin_alike_are_not_decided_by_a_sighting(
+    hook: Hook, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        recorded(tmp_path / "records", samples=curve(3)).finish(outcome())
+    assert hook("migrate", guest="ruby").returncode == 0
+    assert len(listed(capsys)) == 3
+    assert main(["show", "20"]) == 1  # the century, with which all ids begin
+    assert "2 records begin with" in capsys.readouterr().err
 
 
 def test_one_that_left_says_where_from(hook: Hook, capsys: pytest.CaptureFixture[str]) -> None:

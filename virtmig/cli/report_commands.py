@@ -50,7 +50,8 @@ def _find(wanted: str) -> Record | Seen:
     try:
         record = find_record(wanted)
     except RequestError:
-        if (seen := sightings.find(wanted)) is None:
+        two_would_do = any(record.id.startswith(wanted) for record in all_records())
+        if two_would_do or (seen := sightings.find(wanted)) is None:
             raise
         return seen
     if wanted and record.id.startswith(wanted):
